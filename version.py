@@ -1,0 +1,3 @@
+"""The library's version, as pyproject.toml states it (a test compares them)."""
+
+VERSION = "0.1.0"
