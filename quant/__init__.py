@@ -1,0 +1,1 @@
+"""The algorithms: pure torch. Knows no engine, no kernel and no node."""

@@ -1,0 +1,153 @@
+"""StepQuant's file: one safetensors file with codes, scales and a JSON header. Knows no engine.
+
+Keys: `model.diffusion_model.<layer>.qweight` int8 (N, K) or (Cout, kh, kw, Cin), `.weight_scale` fp32 (N,), `.bias`,
+`.act_scale` fp32 (64,) and `.act_zero_point` int32 (64,) of static layers. Stock loaders find no `weight` and refuse.
+All other tensors keep their own names, text encoders and VAE of a whole checkpoint among them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError
+from .atomic_file import save_tensors
+from .layers import UNET_PREFIX
+from .recipe import Recipe
+from .safe_header import open_tensors
+from .scheme import ActivationMode
+from .timestep import NUM_BUCKETS
+
+HEADER_KEY = "stepquant"
+FORMAT_VERSION = 1
+
+
+@dataclass
+class QuantizedLayer:
+    """One layer as stored. act_scale and act_zero_point are None unless its activation mode is static."""
+
+    qweight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None = None
+    act_scale: Tensor | None = None
+    act_zero_point: Tensor | None = None
+
+
+@dataclass
+class QuantizedModel:
+    """rest: the UNet's tensors that stay 16 bit, by LDM name. extra: text encoders and VAE, by their own keys."""
+
+    layers: dict[str, QuantizedLayer]
+    rest: dict[str, Tensor]
+    recipe: Recipe
+    base_model: dict[str, str | None] = field(default_factory=dict)
+    calibration: dict[str, object] = field(default_factory=dict)
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Header:
+    """base_model: {"name", "sha256"} of what was quantized, as far as known. kind: "unet" or "checkpoint"."""
+
+    version: int
+    library_version: str
+    kind: str
+    base_model: dict[str, str | None]
+    recipe: Recipe
+    calibration: dict[str, object]
+
+
+def write_model(path: str | Path, model: QuantizedModel, library_version: str) -> None:
+    """Write the file, whole or not at all.
+
+    Raises: FormatError if the folder cannot be written or the disk is full.
+    """
+    tensors = {UNET_PREFIX + name: tensor for name, tensor in model.rest.items()} | model.extra
+    for name, layer in model.layers.items():
+        for part, tensor in vars(layer).items():
+            if tensor is not None:
+                tensors[f"{UNET_PREFIX}{name}.{part}"] = tensor
+    header = {
+        "version": FORMAT_VERSION,
+        "library_version": library_version,
+        "kind": "checkpoint" if model.extra else "unet",
+        "base_model": model.base_model,
+        "recipe": model.recipe.to_json(),
+        "calibration": model.calibration,
+    }
+    owned = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    save_tensors(path, owned, {HEADER_KEY: json.dumps(header), "format": "pt"})
+
+
+def read_header(path: str | Path) -> Header:
+    """Raises FormatError or SchemeError if the file is missing, damaged, not ours or newer."""
+    with open_tensors(path, HEADER_KEY, FORMAT_VERSION, "a StepQuant model") as (header, _):
+        return _to_header(header, path)
+
+
+def read_model(path: str | Path, device: torch.device | str = "cpu") -> QuantizedModel:
+    """Read and check a whole file; tensors are mapped, not copied, where the system allows it.
+
+    Raises: FormatError or SchemeError naming file and layer.
+    """
+    with open_tensors(path, HEADER_KEY, FORMAT_VERSION, "a StepQuant model") as (raw, file):
+        header = _to_header(raw, path)
+        tensors = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
+    unet = {key.removeprefix(UNET_PREFIX): tensors.pop(key) for key in list(tensors) if key.startswith(UNET_PREFIX)}
+    layers = {}
+    for name, scheme in header.recipe.schemes.items():
+        layers[name] = _take_layer(unet, name, path)
+        _check_layer(layers[name], name, scheme.activation is ActivationMode.STATIC, scheme.symmetric, path)
+    for key in unet:
+        if key.endswith(".qweight"):
+            raise FormatError(f"{path}: {key}: has no scheme in the file's recipe. Quantize the model again.")
+    return QuantizedModel(layers, unet, header.recipe, header.base_model, header.calibration, tensors)
+
+
+def _to_header(raw: Mapping, path: str | Path) -> Header:
+    def table(key: str) -> dict:
+        return raw[key] if isinstance(raw.get(key), dict) else {}
+
+    return Header(
+        version=raw["version"],
+        library_version=str(raw.get("library_version")),
+        kind=str(raw.get("kind")),
+        base_model=table("base_model"),
+        recipe=Recipe.from_json(raw.get("recipe"), str(path)),
+        calibration=table("calibration"),
+    )
+
+
+def _take_layer(tensors: dict[str, Tensor], name: str, path: str | Path) -> QuantizedLayer:
+    try:
+        qweight, scale = tensors.pop(f"{name}.qweight"), tensors.pop(f"{name}.weight_scale")
+    except KeyError as error:
+        raise FormatError(f"{path}: {error.args[0]} is missing. The file is incomplete; download or make it again.") from None
+    optional = {part: tensors.pop(f"{name}.{part}", None) for part in ("bias", "act_scale", "act_zero_point")}
+    return QuantizedLayer(qweight, scale, **optional)
+
+
+def _check_layer(layer: QuantizedLayer, name: str, static: bool, symmetric: bool, path: str | Path) -> None:
+    def fail(found: str) -> None:
+        raise FormatError(f"{path}: {name}: {found}. The file is damaged; download or make it again.")
+
+    channels = layer.qweight.shape[0] if layer.qweight.ndim else 0
+    if layer.qweight.dtype is not torch.int8 or layer.qweight.ndim not in (2, 4):
+        fail(f"qweight is {layer.qweight.dtype} of shape {tuple(layer.qweight.shape)}; int8 with 2 or 4 dimensions is needed")
+    if tuple(layer.weight_scale.shape) != (channels,) or not _is_positive(layer.weight_scale):
+        fail(f"weight_scale must be {channels} positive numbers")
+    if layer.bias is not None and (tuple(layer.bias.shape) != (channels,) or not bool(torch.isfinite(layer.bias).all())):
+        fail(f"bias must be {channels} finite numbers")
+    if static and (layer.act_scale is None or tuple(layer.act_scale.shape) != (NUM_BUCKETS,) or not _is_positive(layer.act_scale)):
+        fail(f"act_scale must be {NUM_BUCKETS} positive numbers")
+    if static and not symmetric and (layer.act_zero_point is None or tuple(layer.act_zero_point.shape) != (NUM_BUCKETS,)):
+        fail(f"act_zero_point must be {NUM_BUCKETS} whole numbers")
+
+
+def _is_positive(scale: Tensor) -> bool:
+    return bool(torch.isfinite(scale).all()) and bool((scale > 0).all())

@@ -1,0 +1,89 @@
+"""SDXL's layers by name: which are quantized, and what feeds them.
+
+Names are SDXL's own (LDM) without the `model.diffusion_model.` prefix and without `.weight`,
+for example `input_blocks.4.1.transformer_blocks.0.attn1.to_q`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..errors import ModelError
+
+UNET_PREFIX = "model.diffusion_model."
+
+# The first and last conv see and make the latent itself: together 26 % of SDXL-Turbo's A8 noise and 56 % of its
+# W4 noise (MixDQ's sensitivity log). The embeddings are two rows per step, and ComfyUI reads the model's kind from them.
+NEVER_QUANTIZED = ("input_blocks.0.0", "out.2", "time_embed", "label_emb")
+
+# Their input is a SiLU or GEGLU output: never below -0.28, so a zero point buys almost one bit.
+_ONE_SIDED_INPUT = re.compile(r"\.(in_layers\.2|out_layers\.3|emb_layers\.1|ff\.net\.2)$")
+# Prompt tokens: the start token's absmax is about 80 times that of the others, so each row keeps a scale of its own.
+# Timestep embeddings: as many rows as images.
+_ALWAYS_TOKEN = re.compile(r"\.(attn2\.to_[kv]|emb_layers\.1)$")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """shape: (N, K) of a Linear or (Cout, Cin, kh, kw) of a conv."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def is_conv(self) -> bool:
+        return len(self.shape) == 4
+
+    @property
+    def is_spatial(self) -> bool:
+        """A conv whose outputs mix neighbouring pixels, so that one image needs one scale."""
+        return self.is_conv and self.shape[2:] != (1, 1)
+
+    @property
+    def in_channels(self) -> int:
+        return self.shape[1]
+
+
+def is_quantizable(name: str) -> bool:
+    return not any(name == kept or name.startswith(kept + ".") for kept in NEVER_QUANTIZED)
+
+
+def has_symmetric_input(name: str) -> bool:
+    """False where the input is a SiLU, GELU or GEGLU output."""
+    return _ONE_SIDED_INPUT.search(name) is None
+
+
+def needs_row_scales(name: str) -> bool:
+    """True where the input keeps dynamic per-token scales in every preset."""
+    return _ALWAYS_TOKEN.search(name) is not None
+
+
+def find_layers(shapes: Mapping[str, Sequence[int]]) -> dict[str, LayerSpec]:
+    """The quantizable Linear and Conv2d layers of a UNet.
+
+    Args:
+        shapes: tensor name (LDM, without prefix) to shape.
+    """
+    layers = {}
+    for key, shape in shapes.items():
+        name = key.removesuffix(".weight")
+        if name != key and len(shape) in (2, 4) and is_quantizable(name):
+            layers[name] = LayerSpec(name, tuple(shape))
+    return layers
+
+
+def check_is_sdxl(shapes: Mapping[str, Sequence[int]], source: str) -> None:
+    """Raise ModelError unless the shapes are those of an SDXL-like UNet in LDM names.
+
+    `source` names the file or model in the message.
+    """
+    if any(key.endswith(".qweight") for key in shapes):
+        raise ModelError(f"{source}: already quantized by StepQuant. Use Load quantized (StepQuant) to open it.")
+    if any(key.startswith(("double_blocks.", "transformer_blocks.", "joint_blocks.")) for key in shapes):
+        raise ModelError(f"{source}: a transformer model (Flux, SD3 or similar); StepQuant quantizes SDXL. Choose an SDXL model.")
+    if "input_blocks.0.0.weight" not in shapes or "out.2.weight" not in shapes:
+        raise ModelError(f"{source}: no SDXL UNet found. Choose an SDXL checkpoint or UNet file.")
+    if "label_emb.0.0.weight" not in shapes:
+        raise ModelError(f"{source}: an SD 1.x or 2.x UNet (no size conditioning); StepQuant quantizes SDXL. Choose an SDXL model.")

@@ -1,0 +1,57 @@
+"""Symmetric int8 weights, one scale per output channel. 4-bit weights are not here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import WeightError
+
+INT8_MAX = 127
+# fp16's smallest normal number / 127: a channel of zeros gets this scale and codes of 0.
+SMALLEST_SCALE = 2.0**-14 / INT8_MAX
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """codes: int8 (N, K), or (Cout, kh, kw, Cin) of a conv (K contiguous). scale: fp32 (N,)."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+def check_weight(weight: Tensor, layer: str) -> None:
+    """Raise WeightError naming the layer if the weight holds NaN or infinity."""
+    if not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise WeightError(
+            f"{layer}: {bad} of {weight.numel()} weights are NaN or infinite. "
+            "The file or the LoRA merged into it is damaged; download it again or lower the LoRA's strength."
+        )
+
+
+def quantize_weight(weight: Tensor, layer: str) -> QuantizedWeight:
+    """Quantize a weight symmetrically, one scale per output channel.
+
+    scale[n] = max|weight[n]| / 127, codes = round(weight / scale), ties to even, in [-127, 127].
+    Args:
+        weight: (N, K) or (Cout, Cin, kh, kw), any float dtype; left unchanged.
+        layer: name for error messages.
+    Raises: WeightError if the weight is not finite or has neither 2 nor 4 dimensions.
+    """
+    if weight.ndim not in (2, 4):
+        raise WeightError(f"{layer}: weight of shape {tuple(weight.shape)}; a Linear or Conv2d has 2 or 4 dimensions.")
+    check_weight(weight, layer)
+    rows = weight.permute(0, 2, 3, 1) if weight.ndim == 4 else weight
+    rows = rows.float()
+    scale = (rows.flatten(1).abs().amax(1) / INT8_MAX).clamp_min(SMALLEST_SCALE)
+    codes = (rows / scale.view(-1, *[1] * (rows.ndim - 1))).round().clamp(-INT8_MAX, INT8_MAX)
+    return QuantizedWeight(codes.to(torch.int8).contiguous(), scale)
+
+
+def dequantize_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inverse of quantize_weight: (N, K), or (Cout, Cin, kh, kw) contiguous, in `dtype`."""
+    weight = (codes.float() * scale.view(-1, *[1] * (codes.ndim - 1))).to(dtype)
+    return weight.permute(0, 3, 1, 2).contiguous() if codes.ndim == 4 else weight
