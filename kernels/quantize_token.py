@@ -1,0 +1,45 @@
+"""Dynamic quantization with one symmetric scale per token (row). Formula and reference; kernel in triton_ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import LayoutError
+from .activation import QuantizedActivation
+
+INT8_MAX = 127
+# Floor of absmax: a row of zeros gets codes of 0 and a scale far from fp32's subnormals, which GPUs flush.
+TINY = 2.0**-100
+
+
+def dynamic_scale(absmax: Tensor) -> Tensor:
+    """fp32 absmax -> fp32 scale: max(absmax, TINY) / 127, or NaN where absmax is NaN or infinite."""
+    # A tensor, not a number: by a number CUDA multiplies with the reciprocal, which rounds otherwise.
+    scale = absmax.clamp_min(TINY) / torch.full_like(absmax, INT8_MAX)
+    return torch.where(torch.isfinite(absmax), scale, torch.nan)
+
+
+def check_rows(x: Tensor, operation: str) -> None:
+    """Raise LayoutError unless x is a (M, K) float tensor."""
+    if x.ndim != 2 or not x.is_floating_point():
+        raise LayoutError(f"{operation}: x is {x.dtype} {tuple(x.shape)}; a float (M, K) is needed. Flatten the leading dimensions first.")
+
+
+def quantize_token_ref(x: Tensor) -> QuantizedActivation:
+    """Quantize every row of x with its own symmetric scale.
+
+    scale[m] = max(absmax(x[m]), 2^-100) / 127; q = clamp(round(x / scale[m]), -127, 127), ties to even.
+    A row with a NaN or an infinity gets scale NaN and codes 0: what is computed from it is NaN, as without quantization.
+    Args:
+        x: (M, K) any float dtype, any strides; left unchanged.
+    Returns: codes (M, K), scale (M,), no zero point, rows_per_scale 1.
+    Raises: LayoutError if x is not a float (M, K).
+    Source: LLM.int8 (arXiv 2208.07339), section 2.1, vector-wise absmax.
+    """
+    check_rows(x, "quantize_token")
+    x = x.float()
+    scale = dynamic_scale(x.abs().amax(1))
+    ratio = (x / scale[:, None]).nan_to_num_(nan=0.0)
+    codes = ratio.round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
+    return QuantizedActivation(codes, scale, None, 1)

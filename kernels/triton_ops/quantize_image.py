@@ -1,0 +1,66 @@
+"""Triton kernels of quantize_image: absmax per slice of an image, scale per image, codes. Formula: ../quantize_image.py."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..activation import QuantizedActivation
+from ..quantize_image import check_images
+from ..quantize_token import TINY
+from .launch import on_device
+from .quantize_static import pixel_strides, quantize_pixels
+from .rounding import dynamic_scale, magnitude
+
+BLOCK_P = 64
+BLOCK_C = 64
+BLOCK_SLICES = 256
+
+
+@triton.jit
+def _slice_absmax_kernel(
+    x_ptr, absmax_ptr,
+    P, C, stride_xb, stride_xp, stride_xc,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """absmax[image, slice] over all channels of BLOCK_P pixels."""
+    image = tl.program_id(1).to(tl.int64)
+    pixels = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    channels = tl.arange(0, BLOCK_C)
+    inside_p = pixels[:, None] < P
+    x_ptrs = x_ptr + image * stride_xb + pixels[:, None] * stride_xp + channels[None, :].to(tl.int64) * stride_xc
+    absmax = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for c in range(0, C, BLOCK_C):
+        x = tl.load(x_ptrs, mask=inside_p & (channels[None, :] < C - c), other=0.0)
+        absmax = tl.maximum(absmax, magnitude(x))
+        x_ptrs += BLOCK_C * stride_xc
+    slice_absmax = tl.max(tl.max(absmax, axis=1), axis=0)
+    tl.store(absmax_ptr + image * tl.num_programs(0) + tl.program_id(0), slice_absmax)
+
+
+@triton.jit
+def _image_scale_kernel(absmax_ptr, scale_ptr, slices, TINY: tl.constexpr, BLOCK_SLICES: tl.constexpr):
+    image = tl.program_id(0)
+    offsets = tl.arange(0, BLOCK_SLICES)
+    absmax = tl.zeros((BLOCK_SLICES,), tl.float32)
+    for start in range(0, slices, BLOCK_SLICES):
+        absmax = tl.maximum(absmax, tl.load(absmax_ptr + image * slices + start + offsets, mask=offsets < slices - start, other=0.0))
+    tl.store(scale_ptr + image, dynamic_scale(tl.max(absmax, axis=0), TINY))
+
+
+def quantize_image(x: Tensor) -> QuantizedActivation:
+    """See quantize_image_ref, whose codes and scales these are, bit for bit."""
+    check_images(x, "quantize_image")
+    x, stride_p = pixel_strides(x)
+    B, C, H, W = x.shape
+    slices = triton.cdiv(H * W, BLOCK_P)
+    absmax = torch.empty((B, slices), dtype=torch.float32, device=x.device)
+    scale = torch.empty(B, dtype=torch.float32, device=x.device)
+    with on_device(x):
+        _slice_absmax_kernel[(slices, B)](
+            x, absmax, H * W, C, x.stride(0), stride_p, x.stride(1), BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=4
+        )
+        _image_scale_kernel[(B,)](absmax, scale, slices, TINY=TINY, BLOCK_SLICES=BLOCK_SLICES, num_warps=1)
+    return quantize_pixels(x, scale, None, H * W)
