@@ -1,0 +1,29 @@
+"""A low-rank branch beside a quantized layer: y + up(down(x)). Which patches may become one is in lora.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRankBranch:
+    """All low-rank patches of one layer side by side: their ranks are concatenated, their strengths folded into `up`.
+
+    down: (R, K), up: (N, R); for a conv (R, Cin, kh, kw) and (Cout, R, 1, 1).
+    """
+
+    down: Tensor
+    up: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.down.nbytes + self.up.nbytes
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> LowRankBranch:
+        """The branch on a device; itself if it is there already, which is the usual case."""
+        if self.down.device == device and self.down.dtype == dtype:
+            return self
+        return LowRankBranch(self.down.to(device, dtype), self.up.to(device, dtype))

@@ -1,0 +1,129 @@
+"""Forward of one quantized layer, the same in every engine. Knows tensors and kernels, not modules, patches or devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import dispatch
+from ..quant.mac_counter import MacCounter
+from ..quant.scheme import ActivationMode, ComputeType, Scheme
+from ..quant.weight import dequantize_weight
+
+
+@dataclass
+class LayerTensors:
+    """What one layer's forward needs, all on the input's device.
+
+    qweight: int8 (N, K), or (Cout, kh, kw, Cin). weight_scale: fp32 (N,). bias: (N,) any float dtype, or None.
+    weight_sums: from sums_of_codes, or None if the activation is symmetric.
+    act_scale: fp32 (64,), act_zero_point: int32 (64,), of static layers; None otherwise.
+    counter: if set, told of every call.
+    """
+
+    name: str
+    scheme: Scheme
+    qweight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None = None
+    weight_sums: Tensor | None = None
+    act_scale: Tensor | None = None
+    act_zero_point: Tensor | None = None
+    counter: MacCounter | None = None
+
+    @property
+    def is_static(self) -> bool:
+        return self.scheme.activation is ActivationMode.STATIC and self.act_scale is not None
+
+    @property
+    def keeps_float_input(self) -> bool:
+        return self.scheme.activation is ActivationMode.FP16 or self.scheme.compute is ComputeType.FP16
+
+
+def sums_of_codes(qweight: Tensor) -> Tensor:
+    """What a zero point is multiplied with: computed once per weight, not per call.
+
+    Returns: int32 (N,) for Linear and 1x1; (16, Cout) for 3x3, one row per border class (kernels/int8_conv2d.py).
+    """
+    if qweight.ndim == 4 and qweight.shape[1:3] != (1, 1):
+        return dispatch.border_sums(qweight)
+    return qweight.flatten(1).sum(1, dtype=torch.int32)
+
+
+def linear(x: Tensor, layer: LayerTensors, bucket: Tensor) -> Tensor:
+    """Linear layer.
+
+    Args:
+        x: (..., K) float; left unchanged.
+        bucket: (B,) int64 in [0, 64) on x's device, one entry per sample of the batch, or (1,) for all. Rows belong to
+            samples in order. Rows that B does not divide (nodes that drop or merge tokens across samples) are quantized
+            per token instead, which needs no bucket.
+    Returns: (..., N) in x's dtype.
+    """
+    rows = x.reshape(-1, x.shape[-1])  # (M, K)
+    y = _linear_rows(rows, layer, bucket)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def conv2d(x: Tensor, layer: LayerTensors, bucket: Tensor, stride: int, padding: int) -> Tensor:
+    """Conv2d with zero padding; 1x1 runs as a matrix product over pixels.
+
+    Args:
+        x: (B, Cin, H, W) float, any strides; left unchanged.
+        bucket: as for linear; a batch that it does not divide is quantized per image.
+        stride, padding: as a kernel takes them: stride 1 or 2, padding 0 or half the kernel.
+    Returns: (B, Cout, Ho, Wo) in x's dtype.
+    """
+    kernel = layer.qweight.shape[1]
+    if kernel == 1 and padding == 0:
+        return _conv1x1(x[:, :, ::stride, ::stride], layer, bucket)
+    if layer.keeps_float_input:
+        weight = dequantize_weight(layer.qweight, layer.weight_scale, x.dtype)
+        y = F.conv2d(x, weight, _bias_as(layer, x.dtype), stride, padding)
+    else:
+        activation = (
+            dispatch.quantize_static(x, layer.act_scale, layer.act_zero_point, bucket)
+            if layer.is_static and x.shape[0] % bucket.numel() == 0
+            else dispatch.quantize_image(x)
+        )
+        y = dispatch.int8_conv2d(
+            activation, layer.qweight, layer.weight_scale, layer.weight_sums, layer.bias, stride, padding, out_dtype=x.dtype
+        )
+    _count(layer, y.numel() * layer.qweight[0].numel(), x.device)
+    return y
+
+
+def _conv1x1(x: Tensor, layer: LayerTensors, bucket: Tensor) -> Tensor:
+    B, _, H, W = x.shape
+    pixels = x.permute(0, 2, 3, 1)  # (B, H, W, Cin)
+    y = _linear_rows(pixels.reshape(B * H * W, -1), layer, bucket if B % bucket.numel() == 0 else None)
+    return y.view(B, H, W, -1).permute(0, 3, 1, 2)
+
+
+def _linear_rows(rows: Tensor, layer: LayerTensors, bucket: Tensor | None) -> Tensor:
+    """(M, K) -> (M, N). bucket None: no entry fits the rows."""
+    qweight = layer.qweight.flatten(1)  # (N, K): a 1x1 conv's codes too
+    if layer.keeps_float_input:
+        weight = dequantize_weight(qweight, layer.weight_scale, rows.dtype)
+        y = F.linear(rows, weight, _bias_as(layer, rows.dtype))
+    else:
+        by_bucket = layer.is_static and bucket is not None and rows.shape[0] % bucket.numel() == 0
+        activation = (
+            dispatch.quantize_static(rows, layer.act_scale, layer.act_zero_point, bucket) if by_bucket else dispatch.quantize_token(rows)
+        )
+        y = dispatch.int8_gemm(activation, qweight, layer.weight_scale, layer.weight_sums, layer.bias, out_dtype=rows.dtype)
+    _count(layer, rows.shape[0] * qweight.numel(), rows.device)
+    return y
+
+
+def _bias_as(layer: LayerTensors, dtype: torch.dtype) -> Tensor | None:
+    return None if layer.bias is None else layer.bias.to(dtype)
+
+
+def _count(layer: LayerTensors, macs: int, device: torch.device) -> None:
+    if layer.counter is not None:
+        integer = not layer.keeps_float_input and dispatch.choose_backend(device).backend.is_integer
+        layer.counter.record(layer.name, macs, integer)
