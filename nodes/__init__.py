@@ -1,0 +1,1 @@
+"""The ComfyUI nodes, thin: schema, checks, one call into hosts/, preview. `extension.py` lists them."""
