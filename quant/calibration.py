@@ -47,7 +47,7 @@ class Calibration:
         Raises: CalibrationError if the layer was not observed.
         """
         if layer not in self.layers:
-            raise CalibrationError(f"{layer}: not in this calibration, so it has no static scale. Calibrate this model, or use w8a8-token.")
+            raise not_calibrated(layer)
         statistics = self.layers[layer]
         group_of_bucket = torch.tensor(groups)
         group_of_visit = group_of_bucket[statistics.buckets]
@@ -121,6 +121,11 @@ def _merge_layer(name: str, first: LayerStatistics, second: LayerStatistics) -> 
     rows, row_bucket = torch.cat([first.rows, second.rows]), torch.cat([first.row_bucket, second.row_bucket])
     kept = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:ROWS_KEPT]
     return LayerStatistics(buckets, count, low, high, absmax_sum / count, rows[kept], row_bucket[kept])
+
+
+def not_calibrated(layer: str) -> CalibrationError:
+    """The error for a static layer that was not observed."""
+    return CalibrationError(f"{layer}: not in this calibration, so it has no static scale. Calibrate this model, or use w8a8-token.")
 
 
 def static_range(low: float, high: float, symmetric: bool) -> tuple[float, int]:

@@ -18,13 +18,13 @@ from comfy.model_patcher import ModelPatcher
 from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor, nn
 
-from ...errors import CalibrationError, ModelError
-from ...quant.calibration import ActivationTables, Calibration, describe
+from ...errors import ModelError
+from ...quant.calibration import Calibration, describe
 from ...quant.file_format import QuantizedLayer
 from ...quant.layers import LayerSpec, check_is_sdxl, find_layers
 from ...quant.recipe import Recipe, preset_recipe
-from ...quant.scheme import ActivationMode
-from ...quant.weight import check_weight, quantize_weight
+from ...quant.weight import check_weight
+from ..quantize_layer import check_calibrated, quantize_layer
 from .attach import attach, state_of
 from .lora import can_run_beside
 from .ops import StepQuantOps
@@ -148,10 +148,7 @@ def _check_recipe(recipe: Recipe, layers: Mapping[str, LayerSpec], calibration: 
     unknown = [name for name in recipe.schemes if name not in layers]
     if unknown:
         raise ModelError(f"Quantize: the recipe has {unknown[0]}, which this model has not. Make a recipe for this model.")
-    if recipe.needs_calibration and calibration is None:
-        raise CalibrationError(
-            f"Quantize: {recipe.preset} has static activations: it needs a calibration. Connect one, or choose w8a8-token."
-        )
+    check_calibrated(recipe, calibration)
 
 
 def _patches_to_merge(source: _Source, recipe: Recipe) -> dict[str, list]:
@@ -181,18 +178,13 @@ def _build(model: ModelPatcher) -> nn.Module:
 def _quantize_layer(
     source: _Source, name: str, recipe: Recipe, calibration: Calibration | None, merged: Mapping[str, list]
 ) -> QuantizedLayer:
-    key, scheme = f"{UNET}{name}.weight", recipe.schemes[name]
-    weight = quantize_weight(source.float_weight(key, merged.get(key, [])), layer=name)
-    tables = ActivationTables(None, None)
-    if scheme.activation is ActivationMode.STATIC:
-        tables = calibration.tables(name, scheme, recipe.groups)
+    """On the offload device; quantized on the compute device."""
+    key, bias_key = f"{UNET}{name}.weight", f"{UNET}{name}.bias"
+    weight = source.float_weight(key, merged.get(key, []))
+    bias = source.stored(bias_key, source.patcher.model.get_dtype_inference()) if bias_key in source.weights else None
+    layer = quantize_layer(name, weight, bias, recipe.schemes[name], recipe.groups, calibration)
     offload = source.patcher.offload_device
-    bias_key = f"{UNET}{name}.bias"
-    bias = None
-    if bias_key in source.weights:
-        bias = source.stored(bias_key, source.patcher.model.get_dtype_inference())
-        check_weight(bias, f"{name}.bias")
-    return QuantizedLayer(weight.codes.to(offload), weight.scale.to(offload), bias, tables.scale, tables.zero_point)
+    return QuantizedLayer(**{part: None if tensor is None else tensor.to(offload) for part, tensor in vars(layer).items()})
 
 
 def _copy_rest(source: _Source, unet: nn.Module, recipe: Recipe) -> None:
