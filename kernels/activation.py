@@ -9,12 +9,14 @@ from torch import Tensor
 
 from ..errors import LayoutError
 
+CODE_DTYPES = (torch.int8, torch.float8_e4m3fn)
+
 
 @dataclass(frozen=True)
 class QuantizedActivation:
     """x ≈ (codes - zero_point) * scale; row m uses entry m // rows_per_scale.
 
-    codes: int8, (M, K), or NHWC (B, H, W, C) whose rows are its pixels in order: m = (b * H + h) * W + w.
+    codes: int8 or fp8 e4m3, (M, K), or NHWC (B, H, W, C) whose rows are its pixels in order: m = (b * H + h) * W + w.
     scale: fp32 (S,), units of x per code. zero_point: int32 (S,), the code of x = 0, or None if symmetric.
     rows_per_scale: M / S. 1 is per token, H * W per image, M one entry for all.
     Raises: LayoutError if these do not fit together.
@@ -26,9 +28,9 @@ class QuantizedActivation:
     rows_per_scale: int
 
     def __post_init__(self) -> None:
-        if self.codes.dtype != torch.int8 or self.codes.ndim not in (2, 4):
+        if self.codes.dtype not in CODE_DTYPES or self.codes.ndim not in (2, 4):
             raise LayoutError(
-                f"activation codes: {self.codes.dtype} {tuple(self.codes.shape)}; int8 (M, K) or (B, H, W, C) is needed. "
+                f"activation codes: {self.codes.dtype} {tuple(self.codes.shape)}; int8 or float8_e4m3fn (M, K) or (B, H, W, C) is needed. "
                 "Make them with one of the quantize operations."
             )
         if self.scale.numel() * self.rows_per_scale != self.rows:

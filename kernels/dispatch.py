@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,23 +12,46 @@ from torch import Tensor
 
 from .activation import QuantizedActivation
 from .backend import Backend, BackendChoice, choose_backend, forget_choices, triton_version
-from .dequantized import dequantized_conv2d, dequantized_gemm
+from .dequantized import (
+    dequantized_conv2d,
+    dequantized_fp8_conv2d,
+    dequantized_fp8_gemm,
+    dequantized_gemm,
+    dequantized_upsample_conv2d,
+)
+from .fp8_conv2d import fp8_conv2d_ref
+from .fp8_gemm import fp8_gemm_ref
+from .geglu_quantize import geglu_quantize_ref
+from .group_norm_silu_quantize import DynamicScale, group_norm_silu_quantize_ref
 from .int8_conv2d import border_sums, int8_conv2d_ref
 from .int8_gemm import int8_gemm_ref
+from .int8_upsample_conv2d import PhaseWeight, int8_upsample_conv2d_ref, phase_weight
+from .layer_norm_quantize import layer_norm_quantize_ref
 from .quantize_image import quantize_image_ref
 from .quantize_static import quantize_static_ref
 from .quantize_token import quantize_token_ref
+from .static_scale import StaticScale
 
 __all__ = [
     "Backend",
     "BackendChoice",
+    "DynamicScale",
+    "PhaseWeight",
     "QuantizedActivation",
+    "StaticScale",
     "border_sums",
     "choose_backend",
     "describe",
     "forget_choices",
+    "fp8_conv2d",
+    "fp8_gemm",
+    "geglu_quantize",
+    "group_norm_silu_quantize",
     "int8_conv2d",
     "int8_gemm",
+    "int8_upsample_conv2d",
+    "layer_norm_quantize",
+    "phase_weight",
     "quantize_image",
     "quantize_static",
     "quantize_token",
@@ -38,10 +61,23 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "quantize_token": quantize_token_ref,
     "quantize_image": quantize_image_ref,
     "quantize_static": quantize_static_ref,
+    "layer_norm_quantize": layer_norm_quantize_ref,
+    "group_norm_silu_quantize": group_norm_silu_quantize_ref,
+    "geglu_quantize": geglu_quantize_ref,
     "int8_gemm": int8_gemm_ref,
     "int8_conv2d": int8_conv2d_ref,
+    "int8_upsample_conv2d": int8_upsample_conv2d_ref,
+    "fp8_gemm": fp8_gemm_ref,
+    "fp8_conv2d": fp8_conv2d_ref,
 }
-_DEQUANTIZED = {**_REFERENCE, "int8_gemm": dequantized_gemm, "int8_conv2d": dequantized_conv2d}
+_DEQUANTIZED = {
+    **_REFERENCE,
+    "int8_gemm": dequantized_gemm,
+    "int8_conv2d": dequantized_conv2d,
+    "int8_upsample_conv2d": dequantized_upsample_conv2d,
+    "fp8_gemm": dequantized_fp8_gemm,
+    "fp8_conv2d": dequantized_fp8_conv2d,
+}
 _triton: dict[str, Callable[..., Any]] = {}
 
 
@@ -74,6 +110,33 @@ def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor | None, bucket:
     return _implementation("quantize_static", x.device)(x, scale, zero_point, bucket)
 
 
+def layer_norm_quantize(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, static: StaticScale | None = None, keep_float: bool = False
+) -> tuple[QuantizedActivation, Tensor | None]:
+    """LayerNorm of x (M, K) as codes, and as floats if asked for; see layer_norm_quantize_ref."""
+    return _implementation("layer_norm_quantize", x.device)(x, weight, bias, eps, static, keep_float)
+
+
+def group_norm_silu_quantize(
+    segments: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    silu: bool = True,
+    static: Sequence[StaticScale] = (),
+    dynamic: DynamicScale = DynamicScale.IMAGE,
+    joined: bool = True,
+) -> list[QuantizedActivation]:
+    """GroupNorm and SiLU of 1 or 2 tensors (B, C_i, H, W) as NHWC codes; see group_norm_silu_quantize_ref."""
+    implementation = _implementation("group_norm_silu_quantize", weight.device)
+    return implementation(segments, weight, bias, eps, silu, static, dynamic, joined)
+
+
+def geglu_quantize(x: Tensor, static: StaticScale | None = None) -> QuantizedActivation:
+    """GEGLU of x (M, 2N) as codes (M, N); see geglu_quantize_ref."""
+    return _implementation("geglu_quantize", x.device)(x, static)
+
+
 def int8_gemm(
     activation: QuantizedActivation,
     qweight: Tensor,
@@ -81,10 +144,16 @@ def int8_gemm(
     weight_sum: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
-) -> Tensor:
-    """Linear layer on int8 codes -> (M, N) out_dtype; see int8_gemm_ref."""
+    *,
+    second: QuantizedActivation | None = None,
+    addend: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+) -> Tensor | QuantizedActivation:
+    """Linear layer on int8 codes -> (M, N) out_dtype, or codes; see int8_gemm_ref."""
     implementation = _implementation("int8_gemm", activation.codes.device)
-    return implementation(activation, qweight, weight_scale, weight_sum, bias, out_dtype)
+    extras = {"second": second, "addend": addend, "out_scale": out_scale, "out_zero_point": out_zero_point}
+    return implementation(activation, qweight, weight_scale, weight_sum, bias, out_dtype, **extras)
 
 
 def int8_conv2d(
@@ -96,10 +165,60 @@ def int8_conv2d(
     stride: int = 1,
     padding: int = 1,
     out_dtype: torch.dtype = torch.float16,
-) -> Tensor:
-    """Conv2d on int8 codes -> (B, Cout, Ho, Wo) out_dtype, channels_last; see int8_conv2d_ref."""
+    *,
+    second: QuantizedActivation | None = None,
+    addend: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+) -> Tensor | QuantizedActivation:
+    """Conv2d on int8 codes -> (B, Cout, Ho, Wo) out_dtype, channels_last, or codes; see int8_conv2d_ref."""
     implementation = _implementation("int8_conv2d", activation.codes.device)
-    return implementation(activation, qweight, weight_scale, border_sums, bias, stride, padding, out_dtype)
+    extras = {"second": second, "addend": addend, "out_scale": out_scale, "out_zero_point": out_zero_point}
+    return implementation(activation, qweight, weight_scale, border_sums, bias, stride, padding, out_dtype, **extras)
+
+
+def int8_upsample_conv2d(
+    activation: QuantizedActivation,
+    weight: PhaseWeight,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+    *,
+    addend: Tensor | None = None,
+) -> Tensor:
+    """3x3 conv of the nearest-2x upsampled image -> (B, Cout, 2 H, 2 W) out_dtype; see int8_upsample_conv2d_ref."""
+    return _implementation("int8_upsample_conv2d", activation.codes.device)(activation, weight, bias, out_dtype, addend=addend)
+
+
+def fp8_gemm(
+    activation: QuantizedActivation,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+    *,
+    second: QuantizedActivation | None = None,
+    addend: Tensor | None = None,
+) -> Tensor:
+    """Linear layer on fp8 codes -> (M, N) out_dtype; see fp8_gemm_ref."""
+    implementation = _implementation("fp8_gemm", activation.codes.device)
+    return implementation(activation, qweight, weight_scale, bias, out_dtype, second=second, addend=addend)
+
+
+def fp8_conv2d(
+    activation: QuantizedActivation,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 1,
+    out_dtype: torch.dtype = torch.float16,
+    *,
+    second: QuantizedActivation | None = None,
+    addend: Tensor | None = None,
+) -> Tensor:
+    """Conv2d on fp8 codes -> (B, Cout, Ho, Wo) out_dtype, channels_last; see fp8_conv2d_ref."""
+    implementation = _implementation("fp8_conv2d", activation.codes.device)
+    return implementation(activation, qweight, weight_scale, bias, stride, padding, out_dtype, second=second, addend=addend)
 
 
 def describe() -> dict[str, Any]:
@@ -128,5 +247,5 @@ def _describe_device(device: torch.device) -> dict[str, Any]:
     report.update(backend=choice.backend.value, reason=choice.reason, remedy=choice.remedy)
     # Quantizing has no dequantized form: it is plain torch there.
     plain = Backend.REFERENCE if choice.backend is Backend.DEQUANTIZED else choice.backend
-    report["operations"] = {name: (plain if name.startswith("quantize") else choice.backend).value for name in _REFERENCE}
+    report["operations"] = {name: (plain if "quantize" in name else choice.backend).value for name in _REFERENCE}
     return report

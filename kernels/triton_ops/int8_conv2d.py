@@ -1,74 +1,31 @@
-"""Triton kernel of int8_conv2d: implicit GEMM over NHWC, K in the order (tap, channel). Formula: ../int8_conv2d.py."""
+"""Launcher of int8_conv2d, and what fp8_conv2d and the upsampler share with it. Formula: ../int8_conv2d.py."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..activation import QuantizedActivation
+from ..design import BOXES, MAX_BOX_WASTE, Design, box_waste, default_conv_design
+from ..finish import Finish, as_images, image_addend
 from ..int8_conv2d import check_conv, output_side
-from .int8_gemm import tile_position
-from .launch import compute_capability, on_device, unroll_factor
-from .tiles import GROUP_M, conv_tile
+from ..tables import Product, tuned_design
+from .conv_kernel import _conv2d_kernel
+from .int8_gemm import (
+    DTYPE_NAME,
+    design_constants,
+    divides_k,
+    fitting,
+    optional_bias,
+    program_grid,
+    segment_scales,
+    split_workspace,
+)
+from .launch import cdiv, compute_capability, describe, on_device
 
-
-@triton.jit
-def _int8_conv2d_kernel(
-    codes_ptr, qweight_ptr, y_ptr,
-    scale_ptr, zero_point_ptr, weight_scale_ptr, border_sums_ptr, bias_ptr,
-    M, N, C, H, W, Ho, Wo, images_per_scale,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
-    HAS_ZERO_POINT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_C: tl.constexpr, UNROLL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
-    tile_m, tile_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # output pixels of all images
-    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # output channels
-    inside_m = rows < M
-    inside_n = columns < N
-    image = rows // (Ho * Wo)
-    pixel = (rows % (Ho * Wo)).to(tl.int32)
-    # The input pixel under the first tap; -1 in the padding.
-    h = pixel // Wo * STRIDE - PADDING
-    w = pixel % Wo * STRIDE - PADDING
-    ks = tl.arange(0, BLOCK_K)
-    a_ptrs = codes_ptr + ((image * H + h) * W + w)[:, None] * C + ks[None, :]
-    w_ptrs = qweight_ptr + columns[None, :].to(tl.int64) * (KERNEL * KERNEL * C) + ks[:, None]
-
-    steps = tl.cdiv(C, BLOCK_K)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    # One flat loop, so that loads are pipelined across taps too.
-    for step in tl.range(0, KERNEL * KERNEL * steps, loop_unroll_factor=UNROLL):
-        tap = step // steps
-        c = (step - tap * steps) * BLOCK_K
-        tap_h = tap // KERNEL
-        tap_w = tap - tap_h * KERNEL
-        # Taps in the padding read code 0; what the zero point makes of that is put right below.
-        mask_a = (inside_m & (h + tap_h >= 0) & (h + tap_h < H) & (w + tap_w >= 0) & (w + tap_w < W))[:, None]
-        mask_w = inside_n[None, :]
-        if not EVEN_C:
-            mask_a = mask_a & (ks[None, :] < C - c)
-            mask_w = mask_w & (ks[:, None] < C - c)
-        a = tl.load(a_ptrs + ((tap_h * W + tap_w) * C + c), mask=mask_a, other=0)
-        b = tl.load(w_ptrs + (tap * C + c), mask=mask_w, other=0)
-        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
-
-    entry = image // images_per_scale
-    if HAS_ZERO_POINT:
-        row_class = (h < 0).to(tl.int32) + 2 * (h + (KERNEL - 1) >= H).to(tl.int32)
-        column_class = (w < 0).to(tl.int32) + 2 * (w + (KERNEL - 1) >= W).to(tl.int32)
-        halo_ptrs = border_sums_ptr + (row_class * 4 + column_class)[:, None] * N + columns[None, :]
-        halo = tl.load(halo_ptrs, mask=inside_m[:, None] & inside_n[None, :], other=0)
-        acc -= tl.load(zero_point_ptr + entry, mask=inside_m, other=0)[:, None] * halo
-    scale = tl.load(scale_ptr + entry, mask=inside_m, other=0.0)
-    weight_scale = tl.load(weight_scale_ptr + columns, mask=inside_n, other=0.0)
-    y = acc.to(tl.float32) * (scale[:, None] * weight_scale[None, :])
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + columns, mask=inside_n, other=0.0).to(tl.float32)[None, :]
-    y_ptrs = y_ptr + rows[:, None] * N + columns[None, :]
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside_m[:, None] & inside_n[None, :])
+UPSAMPLE_PHASES = 4
 
 
 def int8_conv2d(
@@ -80,28 +37,112 @@ def int8_conv2d(
     stride: int = 1,
     padding: int = 1,
     out_dtype: torch.dtype = torch.float16,
-) -> Tensor:
+    *,
+    second: QuantizedActivation | None = None,
+    addend: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+) -> Tensor | QuantizedActivation:
     """See int8_conv2d_ref; the integer sums are the same, the scaling may round differently."""
-    check_conv(activation, qweight, weight_scale, border_sums, bias, stride, padding)
-    codes, qweight = activation.codes.contiguous(), qweight.contiguous()
-    B, H, W, C = codes.shape
-    Cout, kernel = qweight.shape[:2]
-    Ho, Wo = output_side(H, kernel, stride, padding), output_side(W, kernel, stride, padding)
-    y = torch.empty((B, Ho, Wo, Cout), dtype=out_dtype, device=codes.device)
+    check_conv(activation, qweight, weight_scale, border_sums, bias, stride, padding, second)
+    geometry = Geometry.of(activation.codes, qweight.shape[1], stride, padding)
+    finish = geometry.finish("int8_conv2d", qweight.shape[0], addend, out_scale, out_zero_point)
+    return launch_conv(activation, second, qweight, weight_scale, border_sums, bias, out_dtype, geometry, finish)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """B images of (H, W) pixels under a kernel; (Ho, Wo) output pixels of each image and phase."""
+
+    B: int
+    H: int
+    W: int
+    kernel: int
+    stride: int
+    padding: int
+    Ho: int
+    Wo: int
+    phases: int = 1
+
+    @classmethod
+    def of(cls, codes: Tensor, kernel: int, stride: int, padding: int) -> Geometry:
+        B, H, W, _ = codes.shape
+        return cls(B, H, W, kernel, stride, padding, output_side(H, kernel, stride, padding), output_side(W, kernel, stride, padding))
+
+    @classmethod
+    def upsampling(cls, codes: Tensor) -> Geometry:
+        B, H, W, _ = codes.shape
+        return cls(B, H, W, 2, 1, 1, H, W, UPSAMPLE_PHASES)
+
+    @property
+    def operation(self) -> str:
+        """Its name in the tables."""
+        if self.phases > 1:
+            return "upsample2x"
+        return f"conv{self.kernel}x{self.kernel}" + ("" if self.stride == 1 else f"_stride{self.stride}")
+
+    @property
+    def output_sides(self) -> tuple[int, int]:
+        return (2 * self.Ho, 2 * self.Wo) if self.phases > 1 else (self.Ho, self.Wo)
+
+    def finish(self, operation: str, Cout: int, addend: Tensor | None, out_scale: Tensor | None, out_zero_point: Tensor | None) -> Finish:
+        """The checked Finish of this convolution's output."""
+        Ho, Wo = self.output_sides
+        finish = Finish(image_addend(operation, addend, self.B, Cout, Ho, Wo), out_scale, out_zero_point)
+        finish.check(operation, self.B * Ho * Wo, Cout)
+        return finish
+
+
+def conv_design(codes: Tensor, second: Tensor | None, N: int, geometry: Geometry, sm: int) -> Design:
+    """The table's design for this product, or the default; descriptors only where boxes fit the image."""
+    M, C = geometry.B * geometry.Ho * geometry.Wo, codes.shape[3]
+    segments, C_all = (1, C) if second is None else (2, C + second.shape[3])
+    tuned = tuned_design(sm, Product(geometry.operation, DTYPE_NAME[codes.dtype], segments, M, N, C_all))
+    design = default_conv_design(sm, M, N, C) if tuned is None else tuned
+    if design.tma and (geometry.stride != 1 or box_waste(design, geometry.Ho, geometry.Wo) > MAX_BOX_WASTE):
+        design = replace(design, tma=False)
+    return design
+
+
+def launch_conv(
+    activation: QuantizedActivation,
+    second: QuantizedActivation | None,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    border_sums: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    geometry: Geometry,
+    finish: Finish,
+) -> Tensor | QuantizedActivation:
+    """One launch of _conv2d_kernel on operands that have been checked. qweight: ([phases,] N, k, k, C), contiguous."""
+    codes, codes_2 = activation.codes.contiguous(), None if second is None else second.codes.contiguous()
+    N, dtype, H, W = weight_scale.shape[-1], codes.dtype, geometry.H, geometry.W
+    flat_weight = qweight.contiguous().view(geometry.phases * N, -1)
+    C, C_2 = codes.shape[3], 0 if second is None else codes_2.shape[3]
     sm = compute_capability(codes.device)
-    M = B * Ho * Wo
-    tile = conv_tile(sm, M, Cout, C)
-    has_zero_point = activation.zero_point is not None
-    with on_device(codes):
-        _int8_conv2d_kernel[(triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(Cout, tile.BLOCK_N),)](
-            codes, qweight, y,
-            activation.scale, activation.zero_point if has_zero_point else activation.scale,
-            weight_scale, border_sums if has_zero_point else weight_scale, weight_scale if bias is None else bias,
-            M, Cout, C, H, W, Ho, Wo, activation.rows_per_scale // (H * W),
-            KERNEL=kernel, STRIDE=stride, PADDING=padding,
-            HAS_ZERO_POINT=has_zero_point, HAS_BIAS=bias is not None,
-            EVEN_C=C % tile.BLOCK_K == 0, UNROLL=unroll_factor(sm),
-            BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, GROUP_M=GROUP_M,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+    design = fitting(conv_design(codes, codes_2, N, geometry, sm), (codes, codes_2, flat_weight), sm)
+    Ho, Wo = geometry.output_sides
+    M = geometry.B * geometry.Ho * geometry.Wo
+    y = torch.empty((geometry.B * Ho * Wo, N), dtype=torch.int8 if finish.out_scale is not None else out_dtype, device=codes.device)
+    box = BOXES.get(design.BLOCK_M, (1, 1)) if design.tma else (1, 1)
+    boxes = (cdiv(geometry.Ho, box[0]), cdiv(geometry.Wo, box[1]))
+    tiles_m = geometry.B * boxes[0] * boxes[1] if design.tma else cdiv(M, design.BLOCK_M)
+    tiles = geometry.phases * tiles_m * cdiv(N, design.BLOCK_N)
+    partial, counter = split_workspace(design, tiles, codes)
+    if design.tma:
+        a_block = [1, *box, design.BLOCK_K]
+        codes, codes_2 = describe(codes, a_block), None if second is None else describe(codes_2, a_block)
+        flat_weight = describe(flat_weight, [design.BLOCK_N, design.BLOCK_K])
+    with on_device(y):
+        _conv2d_kernel[program_grid(design, tiles, y.device)](
+            codes, codes_2, flat_weight, y,
+            *segment_scales(activation, second), weight_scale, border_sums,
+            *optional_bias(bias, y), finish.addend, finish.out_scale, finish.out_zero_point, partial, counter,
+            M, N, C, C_2, H, W, geometry.Ho, geometry.Wo, *boxes,
+            activation.rows_per_scale // (H * W), 1 if second is None else second.rows_per_scale // (H * W),
+            finish.rows_per(finish.addend, y.shape[0]), finish.rows_per(finish.out_scale, y.shape[0]),
+            KERNEL=geometry.kernel, STRIDE=geometry.stride, PADDING=geometry.padding, PHASES=geometry.phases, BOX_H=box[0], BOX_W=box[1],
+            EVEN_C=divides_k(design, C, C_2), **design_constants(design, dtype, sm),
         )  # fmt: skip
-    return y.permute(0, 3, 1, 2)
+    return as_images(y if finish.out_scale is None else finish.activation(y, y.shape[0]), geometry.B, Ho, Wo)

@@ -1,74 +1,30 @@
-"""Triton kernel of int8_gemm: one program makes one output tile. Formula: ../int8_gemm.py. No split-K."""
+"""Launcher of int8_gemm, and what fp8_gemm shares with it. Formula: ../int8_gemm.py; kernel: gemm_kernel.py."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..activation import QuantizedActivation
+from ..design import Design, default_gemm_design
+from ..finish import Finish
 from ..int8_gemm import check_gemm
-from .launch import compute_capability, on_device, unroll_factor
-from .tiles import GROUP_M, gemm_tile
+from ..tables import Product, tuned_design
+from .gemm_kernel import _gemm_kernel
+from .launch import can_describe, cdiv, compute_capability, describe, multiprocessors, on_device, unroll_factor
+from .split_k import workspace
 
-
-@triton.jit
-def tile_position(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """(row, column) of this program's tile: column by column within groups of GROUP_M rows of tiles."""
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    program = tl.program_id(0)
-    first_m = program // (GROUP_M * tiles_n) * GROUP_M
-    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
-    within = program % (GROUP_M * tiles_n)
-    return first_m + within % group_m, within // group_m
-
-
-@triton.jit
-def _int8_gemm_kernel(
-    codes_ptr, qweight_ptr, y_ptr,
-    scale_ptr, zero_point_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr,
-    M, N, K, stride_am, stride_wn, rows_per_scale,
-    HAS_ZERO_POINT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, UNROLL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
-    tile_m, tile_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    # 64 bit for the tile's corner only: offsets within a tile fit 32 bit, and a batch may pass 2^31 elements.
-    first_m = tile_m.to(tl.int64) * BLOCK_M
-    first_n = tile_n.to(tl.int64) * BLOCK_N
-    local_m = tl.arange(0, BLOCK_M)
-    local_n = tl.arange(0, BLOCK_N)
-    inside_m = local_m < M - first_m
-    inside_n = local_n < N - first_n
-    ks = tl.arange(0, BLOCK_K)
-    a_ptrs = codes_ptr + first_m * stride_am + local_m[:, None] * stride_am + ks[None, :]
-    w_ptrs = qweight_ptr + first_n * stride_wn + local_n[None, :] * stride_wn + ks[:, None]
-
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for k in tl.range(0, K, BLOCK_K, loop_unroll_factor=UNROLL):
-        if EVEN_K:
-            a = tl.load(a_ptrs, mask=inside_m[:, None], other=0)
-            w = tl.load(w_ptrs, mask=inside_n[None, :], other=0)
-        else:
-            a = tl.load(a_ptrs, mask=inside_m[:, None] & (ks[None, :] < K - k), other=0)
-            w = tl.load(w_ptrs, mask=inside_n[None, :] & (ks[:, None] < K - k), other=0)
-        acc = tl.dot(a, w, acc, out_dtype=tl.int32)
-        a_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-
-    entry = (first_m + local_m) // rows_per_scale
-    if HAS_ZERO_POINT:
-        zero_point = tl.load(zero_point_ptr + entry, mask=inside_m, other=0)
-        weight_sum = tl.load(weight_sum_ptr + first_n + local_n, mask=inside_n, other=0)
-        acc -= zero_point[:, None] * weight_sum[None, :]
-    scale = tl.load(scale_ptr + entry, mask=inside_m, other=0.0)
-    weight_scale = tl.load(weight_scale_ptr + first_n + local_n, mask=inside_n, other=0.0)
-    y = acc.to(tl.float32) * (scale[:, None] * weight_scale[None, :])
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + first_n + local_n, mask=inside_n, other=0.0).to(tl.float32)[None, :]
-    y_ptrs = y_ptr + first_m * N + first_n + local_m[:, None] * N + local_n[None, :]
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside_m[:, None] & inside_n[None, :])
+ACC = {torch.int8: tl.int32, torch.float8_e4m3fn: tl.float32}
+DTYPE_NAME = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+# Beyond it a tile is scaled and stored in parts: 128 sums and all that the epilogue needs do not fit in 255 registers.
+MAX_SUMS_PER_THREAD = 64
+# With descriptors, whose loop needs few other registers, halves bring 64 sums below 128: two programs fit a multiprocessor.
+MAX_SUMS_WITH_DESCRIPTORS = 32
+PARTIAL_DTYPE = {torch.int8: torch.int32, torch.float8_e4m3fn: torch.float32}
 
 
 def int8_gemm(
@@ -78,28 +34,125 @@ def int8_gemm(
     weight_sum: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
-) -> Tensor:
+    *,
+    second: QuantizedActivation | None = None,
+    addend: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+) -> Tensor | QuantizedActivation:
     """See int8_gemm_ref; the integer sums are the same, the scaling may round differently."""
-    check_gemm(activation, qweight, weight_scale, weight_sum, bias)
-    codes = activation.codes
-    if codes.stride(1) != 1:
-        codes = codes.contiguous()
-    if qweight.stride(1) != 1:
-        qweight = qweight.contiguous()
-    (M, K), N = codes.shape, qweight.shape[0]
-    y = torch.empty((M, N), dtype=out_dtype, device=codes.device)
+    check_gemm(activation, qweight, weight_scale, weight_sum, bias, second)
+    finish = Finish(addend, out_scale, out_zero_point)
+    finish.check("int8_gemm", activation.rows, qweight.shape[0])
+    return launch_gemm(activation, second, qweight, weight_scale, weight_sum, bias, out_dtype, finish)
+
+
+def gemm_design(codes: Tensor, second: Tensor | None, N: int, sm: int) -> Design:
+    """The table's design for this product, or the default."""
+    M, K = codes.shape
+    segments, K_all = (1, K) if second is None else (2, K + second.shape[1])
+    tuned = tuned_design(sm, Product("gemm", DTYPE_NAME[codes.dtype], segments, M, N, K_all))
+    return default_gemm_design(sm, M, N) if tuned is None else tuned
+
+
+def launch_gemm(
+    activation: QuantizedActivation,
+    second: QuantizedActivation | None,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    finish: Finish,
+) -> Tensor | QuantizedActivation:
+    """One launch of _gemm_kernel on operands that have been checked."""
+    codes, codes_2 = k_contiguous(activation.codes), None if second is None else k_contiguous(second.codes)
+    qweight = k_contiguous(qweight)
+    (M, K), N, K_2 = codes.shape, qweight.shape[0], 0 if second is None else codes_2.shape[1]
     sm = compute_capability(codes.device)
-    tile = gemm_tile(sm, M, N)
-    has_zero_point = activation.zero_point is not None
-    with on_device(codes):
-        _int8_gemm_kernel[(triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N),)](
-            codes, qweight, y,
-            activation.scale, activation.zero_point if has_zero_point else activation.scale,
-            weight_scale, weight_sum if has_zero_point else weight_scale, weight_scale if bias is None else bias,
-            M, N, K, codes.stride(0), qweight.stride(0), activation.rows_per_scale,
-            HAS_ZERO_POINT=has_zero_point, HAS_BIAS=bias is not None,
-            EVEN_K=K % tile.BLOCK_K == 0, UNROLL=unroll_factor(sm),
-            BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, GROUP_M=GROUP_M,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+    design = fitting(gemm_design(codes, codes_2, N, sm), (codes, codes_2, qweight), sm)
+    y = torch.empty((M, N), dtype=torch.int8 if finish.out_scale is not None else out_dtype, device=codes.device)
+    tiles = cdiv(M, design.BLOCK_M) * cdiv(N, design.BLOCK_N)
+    partial, counter = split_workspace(design, tiles, codes)
+    strides = (codes.stride(0), 0 if second is None else codes_2.stride(0), qweight.stride(0))
+    rows_per = (activation.rows_per_scale, 1 if second is None else second.rows_per_scale)
+    if design.tma:
+        a_block = [design.BLOCK_M, design.BLOCK_K]
+        codes, codes_2 = describe(codes, a_block), None if second is None else describe(codes_2, a_block)
+        qweight = describe(qweight, [design.BLOCK_N, design.BLOCK_K])
+    with on_device(y):
+        _gemm_kernel[program_grid(design, tiles, y.device)](
+            codes, codes_2, qweight, y,
+            *segment_scales(activation, second), weight_scale, weight_sum,
+            *optional_bias(bias, y), finish.addend, finish.out_scale, finish.out_zero_point, partial, counter,
+            M, N, K, K_2, *strides, *rows_per, finish.rows_per(finish.addend, M), finish.rows_per(finish.out_scale, M),
+            EVEN_K=divides_k(design, K, K_2), **design_constants(design, activation.codes.dtype, sm),
         )  # fmt: skip
-    return y
+    return y if finish.out_scale is None else finish.activation(y, M)
+
+
+def epilogue_parts(design: Design) -> int:
+    """Parts of a tile that are scaled and stored one after the other; a split tile's sums are read back in parts too."""
+    if design.sums_per_thread <= (MAX_SUMS_WITH_DESCRIPTORS if design.tma else MAX_SUMS_PER_THREAD):
+        return 1
+    return 4 if design.split_k > 1 else 2
+
+
+def k_contiguous(matrix: Tensor) -> Tensor:
+    """The matrix itself if its rows are contiguous, else a copy."""
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+def fitting(design: Design, operands: tuple[Tensor | None, ...], sm: int) -> Design:
+    """The design without what these operands cannot take: descriptors of unaligned ones, split-K of two segments."""
+    if design.tma and not all(operand is None or can_describe(operand, sm) for operand in operands):
+        design = replace(design, tma=False)
+    if design.split_k > 1 and operands[1] is not None:
+        design = replace(design, split_k=1)
+    return design
+
+
+def divides_k(design: Design, *sizes: int) -> bool:
+    """Whether no step along K needs a mask; descriptors never do."""
+    return design.tma or all(size % design.BLOCK_K == 0 for size in sizes)
+
+
+def optional_bias(bias: Tensor | None, y: Tensor) -> tuple[Tensor, int]:
+    """The kernels' bias_ptr and has_bias."""
+    return (y, 0) if bias is None else (bias, 1)
+
+
+def segment_scales(activation: QuantizedActivation, second: QuantizedActivation | None) -> tuple[Tensor | None, ...]:
+    """The kernels' scale_ptr, zero_point_ptr, scale_2_ptr, zero_point_2_ptr."""
+    own = (activation.scale, activation.zero_point)
+    return (*own, None, None) if second is None else (*own, second.scale, second.zero_point)
+
+
+def split_workspace(design: Design, tiles: int, codes: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The kernels' partial_ptr and counter_ptr."""
+    if design.split_k == 1:
+        return None, None
+    return workspace(codes.device, design.split_k * tiles, tiles, design.BLOCK_M * design.BLOCK_N, PARTIAL_DTYPE[codes.dtype])
+
+
+def program_grid(design: Design, tiles: int, device: torch.device) -> tuple[int, int]:
+    """Programs to start: (tiles or as many as run at once, parts of K)."""
+    return (min(tiles, multiprocessors(device)) if design.persistent else tiles), design.split_k
+
+
+def design_constants(design: Design, dtype: torch.dtype, sm: int) -> dict[str, Any]:
+    """The kernels' constants and launch options that follow from the design."""
+    return {
+        "TMA": design.tma,
+        "ACC": ACC[dtype],
+        "UNROLL": unroll_factor(sm),
+        "SPLIT_K": design.split_k,
+        "PARTS": epilogue_parts(design),
+        "PERSISTENT": design.persistent,
+        "GROUP_M": design.group_m,
+        "BLOCK_M": design.BLOCK_M,
+        "BLOCK_N": design.BLOCK_N,
+        "BLOCK_K": design.BLOCK_K,
+        "num_warps": design.num_warps,
+        "num_stages": design.num_stages,
+    }

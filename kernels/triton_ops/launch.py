@@ -1,4 +1,4 @@
-"""What every launcher needs to know about the device. No kernels."""
+"""What every launcher needs to know about the device and its operands. No kernels."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ import re
 
 import torch
 import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 REGRESSED_SINCE = (3, 8)
+# Tensor descriptors need it of addresses and of all strides but the last, in bytes.
+DESCRIPTOR_ALIGNMENT = 16
+DESCRIPTOR_MIN_SM = 90
 
 
 @functools.cache
@@ -19,6 +24,12 @@ def compute_capability(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a persistent kernel starts; a small number in the interpreter, so that it has to loop."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 @functools.cache
@@ -32,7 +43,24 @@ def unroll_factor(sm: int, version: str = triton.__version__) -> int:
     return 2 if sm // 10 == 8 and (major, minor) >= REGRESSED_SINCE else 1
 
 
-def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. triton.cdiv does the same and takes 10 us on the host."""
+    return -(-a // b)
+
+
+def can_describe(tensor: Tensor, sm: int) -> bool:
+    """Whether a tensor descriptor of `tensor` can be made and used there; the interpreter (sm 0) takes any GPU's."""
+    aligned = tensor.data_ptr() % DESCRIPTOR_ALIGNMENT == 0
+    strides = all(stride * tensor.element_size() % DESCRIPTOR_ALIGNMENT == 0 for stride in tensor.stride()[:-1])
+    return (sm == 0 or sm >= DESCRIPTOR_MIN_SM) and aligned and strides and tensor.stride(-1) == 1 and tensor.numel() > 0
+
+
+def describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    """A tensor descriptor whose loads are of shape `block`."""
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current CUDA device: make it the tensor's."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)

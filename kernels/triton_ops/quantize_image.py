@@ -60,7 +60,7 @@ def quantize_image(x: Tensor) -> QuantizedActivation:
     scale = torch.empty(B, dtype=torch.float32, device=x.device)
     with on_device(x):
         _slice_absmax_kernel[(slices, B)](
-            x, absmax, H * W, C, x.stride(0), stride_p, x.stride(1), BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=4
+            x, absmax, H * W, C, x.stride(0), stride_p, x.stride(1), BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=8
         )
         _image_scale_kernel[(B,)](absmax, scale, slices, TINY=TINY, BLOCK_SLICES=BLOCK_SLICES, num_warps=1)
     return quantize_pixels(x, scale, None, H * W)

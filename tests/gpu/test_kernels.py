@@ -11,8 +11,11 @@ import torch
 from stepquant.kernels import backend, dispatch
 from stepquant.kernels.activation import QuantizedActivation
 from stepquant.kernels.backend import Backend
+from stepquant.kernels.design import Design
 from stepquant.kernels.int8_conv2d import int8_conv2d_ref
 from stepquant.kernels.int8_gemm import int8_gemm_ref
+from stepquant.kernels.int8_upsample_conv2d import int8_upsample_conv2d_ref
+from stepquant.kernels.tables import forced_design
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or dispatch.choose_backend("cuda").backend is not Backend.TRITON,
@@ -161,3 +164,88 @@ def test_fallbacks_give_the_kernels_result_up_to_rounding(name, monkeypatch):
             assert relative_error(fallback, kernel) <= 2e-3  # fp16 operands round once more when dequantized
     finally:
         backend.forget_choices()
+
+
+# What a table may choose; each kind of loop and epilogue once.
+DESIGNS = [
+    Design(128, 256, 128, 8, 3, tma=True),
+    Design(128, 256, 128, 8, 3, tma=True, persistent=True),
+    Design(128, 256, 128, 8, 3, tma=True, split_k=3),
+    Design(128, 128, 128, 8, 3, split_k=2),
+    Design(256, 128, 64, 8, 3),
+    Design(64, 64, 64, 4, 4),
+]
+
+
+def with_second(arguments: dict, C: int) -> dict:
+    """The same layer fed by two segments, as the skip connections do."""
+    a = arguments["activation"]
+    second = QuantizedActivation(codes(*a.codes.shape[:-1], C, seed=3), torch.full_like(a.scale, 0.013), a.zero_point, a.rows_per_scale)
+    qweight = torch.cat([arguments["qweight"], codes(*arguments["qweight"].shape[:-1], C, seed=4)], -1)
+    return arguments | {"second": second, "qweight": qweight}
+
+
+def finished_layers() -> list[tuple]:
+    """(operation, reference, arguments): a Linear and a conv with two segments, zero points, bias and addend."""
+    zero = torch.tensor([-100, 20], dtype=torch.int32, device=DEVICE)
+    rows = QuantizedActivation(codes(2048, 1280), torch.tensor([0.01, 0.02], device=DEVICE), zero, 1024)
+    image = QuantizedActivation(codes(2, 32, 32, 640), torch.tensor([0.01, 0.02], device=DEVICE), zero, 1024)
+    shared = {"weight_scale": torch.rand(1280, device=DEVICE) * 1e-3, "bias": torch.randn(1280, device=DEVICE).half()}
+    gemm = {"activation": rows, "qweight": codes(1280, 1280, seed=1), "addend": torch.randn(2048, 1280, device=DEVICE).half()} | shared
+    gemm["weight_sum"] = gemm["qweight"].sum(1, dtype=torch.int32)
+    conv = {"activation": image, "qweight": codes(1280, 3, 3, 640, seed=1), "addend": torch.randn(2, 1280, device=DEVICE).half()} | shared
+    conv["border_sums"] = dispatch.border_sums(conv["qweight"])
+    two_gemm, two_conv = with_second(gemm, 640), with_second(conv, 320)
+    two_gemm["weight_sum"] = torch.stack([part.sum(1, dtype=torch.int32) for part in two_gemm["qweight"].split((1280, 640), -1)])
+    two_conv["border_sums"] = torch.stack([dispatch.border_sums(part) for part in two_conv["qweight"].split((640, 320), -1)])
+    return [
+        (dispatch.int8_gemm, int8_gemm_ref, gemm),
+        (dispatch.int8_gemm, int8_gemm_ref, two_gemm),
+        (dispatch.int8_conv2d, int8_conv2d_ref, conv),
+        (dispatch.int8_conv2d, int8_conv2d_ref, two_conv),
+    ]
+
+
+@pytest.mark.parametrize("design", DESIGNS, ids=lambda design: design.label)
+def test_int8_products_are_the_reference_for_every_design_and_repeat_bit_for_bit(design):
+    for operation, reference, arguments in finished_layers():
+        expected = reference(**arguments, out_dtype=torch.float32)
+        with forced_design(design):
+            first = operation(**arguments, out_dtype=torch.float32)
+            assert relative_error(first, expected) <= 1e-6
+            for _ in range(20):  # a race between the parts of K would show sooner or later
+                assert torch.equal(operation(**arguments, out_dtype=torch.float32), first)
+
+
+def test_split_sums_survive_a_cuda_graph_between_eager_calls():
+    operation, _, arguments = finished_layers()[0]
+    with forced_design(Design(128, 128, 128, 8, 3, split_k=2)):
+        expected = operation(**arguments)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = [operation(**arguments) for _ in range(3)]
+        for _ in range(5):
+            graph.replay()
+            assert torch.equal(operation(**arguments), expected)
+            assert all(torch.equal(each, expected) for each in y)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="fp8 needs sm_89 or newer")
+@pytest.mark.parametrize("backend_name", ["triton", "scaled_mm"])
+def test_fp8_gemm_matches_float64_up_to_the_tensor_cores_sums(backend_name):
+    x, w = torch.randn(2048, 1280, device=DEVICE), torch.randn(640, 1280, device=DEVICE)
+    activation = QuantizedActivation((x * 40).to(torch.float8_e4m3fn), torch.rand(2, device=DEVICE) + 0.5, None, 1024)
+    qweight, weight_scale = (w * 40).to(torch.float8_e4m3fn), torch.rand(640, device=DEVICE) * 1e-3
+    addend = torch.randn(2048, 640, device=DEVICE).half()
+    expected = activation.dequantize(torch.float64) @ (qweight.double() * weight_scale.double()[:, None]).t() + addend.double()
+    with forced_design(Design(128, 128, 128, 8, 3, backend=backend_name)):
+        y = dispatch.fp8_gemm(activation, qweight, weight_scale, addend=addend)
+    assert relative_error(y, expected) <= 5e-3  # Hopper sums with about 14 bits of mantissa
+
+
+def test_int8_upsample_conv2d_is_the_reference_on_sdxls_upsamplers():
+    for side, C in ((32, 1280), (64, 640)):
+        weight = dispatch.phase_weight(torch.randn(C, 3, 3, C, device=DEVICE))
+        activation = QuantizedActivation(codes(2, side, side, C), torch.tensor([0.01, 0.02], device=DEVICE), None, side * side)
+        expected = int8_upsample_conv2d_ref(activation, weight, out_dtype=torch.float32)
+        assert relative_error(dispatch.int8_upsample_conv2d(activation, weight, out_dtype=torch.float32), expected) <= 1e-6

@@ -1,100 +1,135 @@
-"""Compiles the Triton kernels for GPUs that need not be there and prints what came out as JSON. Run by test_dispatch_compile.py.
+"""Compiles every kernel that SDXL's products need, for GPUs that need not be there, and prints what came out.
 
-A program of its own, because Triton either interprets or compiles for the life of a process.
+    python compile_kernels.py [--sm 80,86,89,90,120] [--dtype fp16,int8,fp8] [--json] [--sample N] [--match EXPRESSION]
+
+A program of its own, because Triton either interprets or compiles for the life of a process. Exit code 1 if a kernel
+spills, lacks tensor core instructions or shuffles bytes in its loop (Triton 3.8/3.9 on sm_8x without unrolling).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import triton
+from kernel_launches import Launch, launches, quantizer_launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from stepquant.kernels.triton_ops import int8_conv2d, int8_gemm, quantize_image, quantize_static, quantize_token
-from stepquant.kernels.triton_ops.launch import unroll_factor
-from stepquant.kernels.triton_ops.tiles import GROUP_M, Tile, conv_tile, gemm_tile
+from stepquant.kernels.sdxl_products import PRODUCTS
+from stepquant.kernels.triton_ops import conv_kernel, gemm_kernel, quantize_image, quantize_static, quantize_token
+from stepquant.kernels.triton_ops.fp8_gemm import FP8_MIN_SM
 
-POINTERS = {
-    "x_ptr": "*fp16", "codes_ptr": "*i8", "qweight_ptr": "*i8", "y_ptr": "*fp16", "scale_ptr": "*fp32", "absmax_ptr": "*fp32",
-    "zero_point_ptr": "*i32", "weight_scale_ptr": "*fp32", "weight_sum_ptr": "*i32", "border_sums_ptr": "*i32", "bias_ptr": "*fp16",
-}  # fmt: skip
-MULTIPLES_OF_16 = ("M", "N", "K", "C", "P", "stride_am", "stride_wn", "stride_xm", "stride_xb", "stride_xp")
+MODULES = (gemm_kernel, conv_kernel, quantize_token, quantize_static, quantize_image)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+QUANTIZER = "fp16"  # in the place of a product's dtype
+# Shared memory that a program can have, in bytes.
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+# Byte shuffles per tensor core instruction in a healthy int8 loop; the regression has one or more for each.
+MAX_SHUFFLES_PER_MMA = 0.5
 
 
-def compile_kernel(function: Any, sm: int, constants: dict[str, Any], num_warps: int, num_stages: int) -> dict[str, Any]:
+def compile_launch(launch: Launch, sm: int, dtype: str) -> dict[str, Any]:
+    function = next(getattr(module, launch.kernel) for module in MODULES if hasattr(module, launch.kernel))
     names = function.arg_names
-    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
-    aligned = [i for i, name in enumerate(names) if name not in constants and (name in POINTERS or name in MULTIPLES_OF_16)]
     source = ASTSource(
         function,
-        signature,
-        {(names.index(name),): value for name, value in constants.items()},
-        {(i,): [["tt.divisibility", 16]] for i in aligned},
+        dict(launch.signature),
+        {(names.index(name),): value for name, value in launch.constants},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    start = time.perf_counter()
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=dict(launch.options))
+    return {"kernel": launch.label, "sm": sm, "dtype": dtype, **inspected(compiled), "seconds": round(time.perf_counter() - start, 2)}
+
+
+def inspected(compiled: Any) -> dict[str, Any]:
+    """Registers, stack bytes, spill instructions, tensor core instructions, byte shuffles and shared memory of the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([str(TOOLS / "cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
+        code = subprocess.run([str(TOOLS / "nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
+    text = usage.stdout + usage.stderr
+    count = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("LDL", "STL", "PRMT")}
     return {
-        "kernel": function.__name__,
-        "sm": sm,
-        "int8_tensor_core": bool(re.search(r"(wgmma|mma)\S*\.s8\.s8", compiled.asm["ptx"])),
-        **resources(compiled.asm["cubin"]),
+        "registers": int(re.search(r"REG:(\d+)", text).group(1)),
+        "stack": int(re.search(r"STACK:(\d+)", text).group(1)),
+        "spills": count["LDL"] + count["STL"],
+        "mma": len(re.findall(r"\b(?:IMMA|IGMMA|QMMA|QGMMA|OMMA)\b", code)),
+        "prmt": count["PRMT"],
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s", code, re.MULTILINE)),
+        "shared": compiled.metadata.shared,
     }
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers per thread and bytes of stack (spills), read with the cuobjdump that Triton brings."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        result = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True)
-    text = result.stdout + result.stderr
-    return {name.lower(): int(re.search(rf"{name}:(\d+)", text).group(1)) for name in ("REG", "STACK")}
+def problem(report: dict[str, Any]) -> str:
+    """What is wrong with a compiled kernel; empty if nothing."""
+    if "error" in report:
+        return report["error"]
+    if report["stack"] or report["spills"]:
+        return f"spills ({report['stack']} bytes of stack, {report['spills']} instructions)"
+    if report["shared"] > SHARED_LIMIT.get(report["sm"], SHARED_LIMIT[86]):
+        return f"{report['shared']} bytes of shared memory"
+    if report["dtype"] == QUANTIZER:
+        return ""
+    if not report["mma"]:
+        return "no tensor core instruction"
+    if report["sm"] // 10 == 8 and report["prmt"] > MAX_SHUFFLES_PER_MMA * report["mma"] + 32:
+        return f"{report['prmt']} byte shuffles for {report['mma']} tensor core instructions"
+    return ""
 
 
-def product_constants(tile: Tile, sm: int) -> dict[str, Any]:
-    sizes = {"BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K, "GROUP_M": GROUP_M}
-    return {"HAS_ZERO_POINT": True, "HAS_BIAS": True, "UNROLL": unroll_factor(sm), **sizes}
+def reports(sms: list[int], dtypes: list[str], sample: int, match: str) -> list[dict[str, Any]]:
+    found = []
+    for sm in sms:
+        for dtype in dtypes:
+            if dtype == "fp8" and sm < FP8_MIN_SM:
+                continue
+            needed = quantizer_launches() if dtype == QUANTIZER else list(launches(list(PRODUCTS), sm, dtype))
+            for launch in [launch for launch in needed if re.search(match, launch.label)][::sample]:
+                try:
+                    report = compile_launch(launch, sm, dtype)
+                except Exception as error:  # compilers raise whatever they like; here it is the result
+                    said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                    report = {"kernel": launch.label, "sm": sm, "dtype": dtype, "error": said}
+                found.append(report)
+                sys.stderr.write(row(found[-1]) + "\n")
+    return found
 
 
-def compile_products(sm: int) -> list[dict[str, Any]]:
-    gemm, conv = gemm_tile(sm, 8192, 640), conv_tile(sm, 8192, 640, 640)
-    conv_constants = {"KERNEL": 3, "STRIDE": 1, "PADDING": 1, "EVEN_C": True} | product_constants(conv, sm)
-    return [
-        compile_kernel(int8_gemm._int8_gemm_kernel, sm, {"EVEN_K": True} | product_constants(gemm, sm), gemm.num_warps, gemm.num_stages),
-        compile_kernel(int8_conv2d._int8_conv2d_kernel, sm, conv_constants, conv.num_warps, conv.num_stages),
-    ]
+def row(report: dict[str, Any]) -> str:
+    if "error" in report:
+        return f"sm_{report['sm']:<4}{report['dtype']:<5}{report['kernel']:<86} {report['error']}"
+    return (
+        f"sm_{report['sm']:<4}{report['dtype']:<5}{report['kernel']:<86}{report['registers']:>5}{report['stack']:>6}{report['spills']:>6}"
+        f"{report['mma']:>5}{report['prmt']:>6}{report['instructions']:>7}{report['shared']:>8}{report['seconds']:>6.1f} {problem(report)}"
+    )
 
 
-def compile_quantizers(sm: int) -> list[dict[str, Any]]:
-    tiny = quantize_token.TINY
-    return [
-        compile_kernel(quantize_token._quantize_token_kernel, sm, {"stride_xk": 1, "TINY": tiny, "BLOCK_M": 2, "BLOCK_K": 2048}, 4, 3),
-        compile_kernel(
-            quantize_static._quantize_static_kernel,
-            sm,
-            {"stride_xc": 1, "HAS_ZERO_POINT": True, "BLOCK_P": quantize_static.BLOCK_P, "BLOCK_C": quantize_static.BLOCK_C},
-            4,
-            3,
-        ),
-        compile_kernel(
-            quantize_image._slice_absmax_kernel,
-            sm,
-            {"stride_xc": 1, "BLOCK_P": quantize_image.BLOCK_P, "BLOCK_C": quantize_image.BLOCK_C},
-            4,
-            3,
-        ),
-        compile_kernel(quantize_image._image_scale_kernel, sm, {"TINY": tiny, "BLOCK_SLICES": quantize_image.BLOCK_SLICES}, 1, 3),
-    ]
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sm", default="80,86,89,90,120", help="architectures, separated by commas")
+    parser.add_argument("--dtype", default="fp16,int8,fp8", help="of the codes; fp16 stands for the kernels that make them")
+    parser.add_argument("--sample", type=int, default=1, help="compile every n-th kernel only")
+    parser.add_argument("--match", default="", help="compile only kernels whose label matches this expression")
+    parser.add_argument("--json", action="store_true", help="print the reports as JSON on stdout")
+    options = parser.parse_args()
+    sys.stderr.write(f"Triton {triton.__version__}\n{'':9}{'kernel':<86} regs stack spill  mma  prmt instrs  shared  secs\n")
+    found = reports([int(sm) for sm in options.sm.split(",")], options.dtype.split(","), options.sample, options.match)
+    if options.json:
+        sys.stdout.write(json.dumps(found))
+    failed = [report for report in found if problem(report)]
+    sys.stderr.write(f"{len(found)} kernels, {len(failed)} failed\n")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    reports = [report for sm in (86, 90) for report in compile_products(sm)] + compile_quantizers(86)
-    sys.stdout.write(json.dumps(reports))
+    raise SystemExit(main())

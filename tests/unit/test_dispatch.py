@@ -135,9 +135,9 @@ def test_dispatch_describes_itself_as_plain_data():
     assert json.loads(json.dumps(report)) == report
     cpu = report["devices"][0]
     assert (cpu["device"], cpu["backend"]) == ("cpu", "reference")
-    assert cpu["operations"] == dict.fromkeys(
-        ["quantize_token", "quantize_image", "quantize_static", "int8_gemm", "int8_conv2d"], "reference"
-    )
+    operations = cpu["operations"]
+    assert set(operations.values()) == {"reference"}
+    assert {"quantize_token", "int8_gemm", "int8_conv2d", "int8_upsample_conv2d", "fp8_gemm", "fp8_conv2d"} <= set(operations)
 
 
 def test_dispatch_gives_the_reference_result_up_to_rounding_when_dequantized(monkeypatch):

@@ -1,0 +1,49 @@
+"""Stored activation scales with the timestep buckets of a batch: what a producer needs to write static codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..errors import LayoutError
+from .quantize_static import BUCKETS
+
+
+@dataclass(frozen=True)
+class StaticScale:
+    """The consumer's tables and the batch's buckets.
+
+    scale: (64,) fp32, > 0, units of x per code. zero_point: (64,) int32 in [-128, 127], the code of x = 0, or None.
+    bucket: (S,) int64 in [0, 64), on the device of the tables; one entry per sample, or one for all.
+    Raises: LayoutError if these are not so. Values are checked when a file is loaded, not here.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None
+    bucket: Tensor
+
+    def __post_init__(self) -> None:
+        for name, table in (("scale", self.scale), ("zero_point", self.zero_point)):
+            if table is not None and (table.shape != (BUCKETS,) or not table.is_contiguous()):
+                raise LayoutError(
+                    f"static {name}: shape {tuple(table.shape)}; ({BUCKETS},) contiguous is needed. "
+                    "Expand the timestep groups to one entry per bucket."
+                )
+        if self.bucket.ndim != 1 or self.bucket.numel() == 0 or not self.bucket.is_contiguous():
+            raise LayoutError(
+                f"static bucket: shape {tuple(self.bucket.shape)}; (samples,) or (1,) contiguous is needed. Pass the buckets of this batch."
+            )
+
+    def rows_per_scale(self, operation: str, rows: int, units: int) -> int:
+        """Rows that share an entry. units: what a sample never splits, images or rows.
+
+        Raises: LayoutError if the entries do not divide the units.
+        """
+        samples = self.bucket.numel()
+        if units % samples:
+            raise LayoutError(
+                f"{operation}: {samples} buckets for {units} images or rows; a divisor of that, or one bucket for all, is needed. "
+                "Pass the buckets of this batch."
+            )
+        return rows // samples

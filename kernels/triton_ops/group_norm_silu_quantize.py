@@ -1,0 +1,160 @@
+"""Triton kernels of group_norm_silu_quantize: after the statistics, one pass from x to codes. Formula: ../group_norm_silu_quantize.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..activation import QuantizedActivation
+from ..group_norm_silu_quantize import GROUPS, OPERATION, DynamicScale, check_group_norm
+from ..quantize_token import TINY
+from ..static_scale import StaticScale
+from .activations import silu
+from .encoding import encode, reciprocal, static_entry
+from .group_norm_statistics import GroupStatistics, group_statistics
+from .launch import on_device
+from .quantize_static import pixel_strides
+from .rounding import dynamic_scale, magnitude
+from .row_parts import load_row, load_vector, row_warps, split_row, store_row
+from .scale_entries import ScaleEntries, scale_entries
+
+# With 2 warps there are 25 instructions per value, with 4 there are 33.
+BLOCK_P = 32
+BLOCK_C = 64
+NUM_WARPS = 2
+
+
+@triton.jit
+def _normalize_quantize_kernel(
+    x_ptr, affine_ptr, absmax_ptr, codes_ptr, scale_ptr, zero_point_ptr,
+    table_ptr, zero_table_ptr, bucket_ptr,
+    P, C, C_total, stride_affine, stride_cm, images_per_scale, stride_xb, stride_xp, stride_xc,
+    SILU: tl.constexpr, STATIC: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, TINY: tl.constexpr,
+    ABSMAX: tl.constexpr, ABSMAX_STRIDE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Codes of one tile of pixels and channels; affine_ptr and codes_ptr start at the segment's first channel."""
+    image = tl.program_id(2).to(tl.int64)
+    pixels = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside_c = channels < C
+    inside = (pixels < P)[:, None] & inside_c[None, :]
+    x_ptrs = x_ptr + image * stride_xb + pixels[:, None] * stride_xp + channels[None, :].to(tl.int64) * stride_xc
+    x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
+    affine_ptrs = affine_ptr + image * C_total + channels
+    factor = tl.load(affine_ptrs, mask=inside_c, other=0.0)[None, :]
+    offset = tl.load(affine_ptrs + stride_affine, mask=inside_c, other=0.0)[None, :]
+    y = x * factor + offset
+    if SILU:
+        y = silu(y)
+
+    entry = image // images_per_scale
+    first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (image % images_per_scale == 0)
+    if STATIC:
+        scale, zero_point = static_entry(
+            table_ptr, zero_table_ptr, bucket_ptr, scale_ptr, zero_point_ptr, entry, entry >= 0, first, HAS_ZERO_POINT
+        )
+    else:
+        scale = dynamic_scale(tl.max(tl.load(absmax_ptr + image * ABSMAX_STRIDE + tl.arange(0, ABSMAX)), axis=0), TINY)
+        zero_point = 0
+        tl.store(scale_ptr + entry, scale, mask=first)
+    codes = encode(y, reciprocal(scale), zero_point, HAS_ZERO_POINT)
+    tl.store(codes_ptr + (image * P + pixels)[:, None] * stride_cm + channels[None, :], codes, mask=inside)
+
+
+@triton.jit
+def _normalize_quantize_token_kernel(
+    x_ptr, affine_ptr, codes_ptr, scale_ptr,
+    P, C, stride_affine, stride_xb, stride_xp,
+    SILU: tl.constexpr, TINY: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Codes and scale of one pixel, all channels in registers; channels contiguous."""
+    image = tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    inside = (pixel < P)[:, None]
+    head, tail = load_row(x_ptr + image * stride_xb + pixel[:, None] * stride_xp, C, inside, HEAD, TAIL)
+    factor_head, factor_tail = load_vector(affine_ptr + image * C, C, HEAD, TAIL)
+    offset_head, offset_tail = load_vector(affine_ptr + stride_affine + image * C, C, HEAD, TAIL)
+    head = head * factor_head + offset_head
+    tail = tail * factor_tail + offset_tail
+    if SILU:
+        head = silu(head)
+        tail = silu(tail)
+    scale = dynamic_scale(tl.maximum(tl.max(magnitude(head), axis=1), tl.max(magnitude(tail), axis=1)), TINY)
+    row = image * P + pixel
+    tl.store(scale_ptr + row, scale)
+    inverse = reciprocal(scale)[:, None]
+    store_row(codes_ptr + row[:, None] * C, C, inside, encode(head, inverse, 0, False), encode(tail, inverse, 0, False), HEAD, TAIL)
+
+
+def _apply(x: Tensor, statistics: GroupStatistics, first_channel: int, absmax: Tensor, codes: Tensor, entries: ScaleEntries,
+           is_static: bool, silu: bool) -> None:  # fmt: skip
+    """Write the codes (B, H, W, C_i) of one segment, a slice of all channels' codes if those are joined."""
+    B, C, H, W = x.shape
+    affine = statistics.affine[:, :, first_channel:]
+    _normalize_quantize_kernel[(triton.cdiv(H * W, BLOCK_P), triton.cdiv(C, BLOCK_C), B)](
+        x, affine, absmax, codes, entries.scale, entries.zero_point_or_scale, *entries.tables,
+        H * W, C, statistics.affine.shape[2], affine.stride(0), codes.stride(2), entries.rows_per_scale // (H * W),
+        x.stride(0), pixel_strides(x)[1], x.stride(1),
+        SILU=silu, STATIC=is_static, HAS_ZERO_POINT=entries.zero_point is not None, TINY=TINY,
+        ABSMAX=absmax.shape[1], ABSMAX_STRIDE=absmax.stride(0), BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def _apply_per_token(x: Tensor, statistics: GroupStatistics, silu: bool) -> QuantizedActivation:
+    B, C, H, W = x.shape
+    codes = torch.empty((B, H, W, C), dtype=torch.int8, device=x.device)
+    scale = torch.empty(B * H * W, dtype=torch.float32, device=x.device)
+    head, tail = split_row(C)
+    _normalize_quantize_token_kernel[(H * W, B)](
+        x, statistics.affine, codes, scale, H * W, C, statistics.affine.stride(0), x.stride(0), pixel_strides(x)[1],
+        SILU=silu, TINY=TINY, HEAD=head, TAIL=tail, num_warps=row_warps(C),
+    )  # fmt: skip
+    return QuantizedActivation(codes, scale, None, 1)
+
+
+def group_norm_silu_quantize(
+    segments: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    silu: bool = True,
+    static: Sequence[StaticScale] = (),
+    dynamic: DynamicScale = DynamicScale.IMAGE,
+    joined: bool = True,
+) -> list[QuantizedActivation]:
+    """See group_norm_silu_quantize_ref: scales to fp32 rounding, codes at most 1 apart and that on fewer than 1 in 1000."""
+    check_group_norm(segments, weight, bias, static, dynamic, joined)
+    segments = [pixel_strides(x)[0] for x in segments]
+    per_token = not static and dynamic is DynamicScale.TOKEN
+    if per_token and segments[0].stride(1) != 1:
+        segments = [segments[0].contiguous(memory_format=torch.channels_last)]
+    with on_device(weight):
+        statistics = group_statistics(
+            segments, weight.contiguous(), bias.contiguous(), eps, silu, bound=not static and dynamic is DynamicScale.IMAGE
+        )
+        if per_token:
+            return [_apply_per_token(segments[0], statistics, silu)]
+        return _apply_segments(segments, statistics, silu, static, joined)
+
+
+def _apply_segments(
+    segments: Sequence[Tensor], statistics: GroupStatistics, silu: bool, static: Sequence[StaticScale], joined: bool
+) -> list[QuantizedActivation]:
+    B, _, H, W = segments[0].shape
+    device, rows = segments[0].device, B * H * W
+    widths = [sum(x.shape[1] for x in segments)] if joined else [x.shape[1] for x in segments]
+    outputs = []
+    for i, width in enumerate(widths):
+        codes = torch.empty((B, H, W, width), dtype=torch.int8, device=device)
+        outputs.append((codes, scale_entries(OPERATION, static[i] if static else None, rows, B, H * W, device)))
+    first_channel = 0
+    for i, x in enumerate(segments):
+        codes, entries = outputs[0 if joined else i]
+        absmax = statistics.absmax.view(B, 2 * GROUPS) if joined else statistics.absmax[:, i]
+        _apply(x, statistics, first_channel, absmax, codes[..., first_channel:] if joined else codes, entries, bool(static), silu)
+        first_channel += x.shape[1]
+    return [QuantizedActivation(codes, entries.scale, entries.zero_point, entries.rows_per_scale) for codes, entries in outputs]

@@ -1,0 +1,82 @@
+"""Triton kernel of layer_norm_quantize: a row stays in registers, is read once and written once. Formula: ../layer_norm_quantize.py."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..activation import QuantizedActivation
+from ..layer_norm_quantize import check_layer_norm
+from ..quantize_token import TINY
+from ..static_scale import StaticScale
+from .encoding import encode, reciprocal, static_entry
+from .launch import on_device
+from .rounding import dynamic_scale, magnitude
+from .row_parts import load_row, load_vector, row_warps, rows_per_program, split_row, store_row
+from .scale_entries import scale_entries
+
+
+@triton.jit
+def _layer_norm_quantize_kernel(
+    x_ptr, weight_ptr, bias_ptr, codes_ptr, float_ptr, scale_ptr, zero_point_ptr,
+    table_ptr, zero_table_ptr, bucket_ptr,
+    M, K, eps, rows_per_scale, stride_xm,
+    STATIC: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, KEEP_FLOAT: tl.constexpr, TINY: tl.constexpr,
+    BLOCK_M: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside_m = rows < M
+    inside = inside_m[:, None]
+    head, tail = load_row(x_ptr + rows[:, None] * stride_xm, K, inside, HEAD, TAIL)
+
+    mean = (tl.sum(head, axis=1) + tl.sum(tail, axis=1)) / K
+    head -= mean[:, None]
+    tail = tl.where(tl.arange(0, TAIL)[None, :] < K - HEAD, tail - mean[:, None], 0.0)
+    # From the differences, not from the sum of squares, which cancels when the mean is large.
+    variance = (tl.sum(head * head, axis=1) + tl.sum(tail * tail, axis=1)) / K
+    inverse_std = (1.0 / tl.sqrt_rn(variance + eps))[:, None]
+    weight_head, weight_tail = load_vector(weight_ptr, K, HEAD, TAIL)
+    bias_head, bias_tail = load_vector(bias_ptr, K, HEAD, TAIL)
+    head = head * inverse_std * weight_head + bias_head
+    tail = tail * inverse_std * weight_tail + bias_tail
+    if KEEP_FLOAT:
+        store_row(float_ptr + rows[:, None] * K, K, inside, head, tail, HEAD, TAIL)
+
+    if STATIC:
+        first = inside_m & (rows % rows_per_scale == 0)
+        scale, zero_point = static_entry(
+            table_ptr, zero_table_ptr, bucket_ptr, scale_ptr, zero_point_ptr, rows // rows_per_scale, inside_m, first, HAS_ZERO_POINT
+        )
+    else:
+        absmax = tl.maximum(tl.max(magnitude(head), axis=1), tl.max(magnitude(tail), axis=1))
+        scale = dynamic_scale(absmax, TINY)
+        zero_point = tl.zeros((BLOCK_M,), tl.int32)
+        tl.store(scale_ptr + rows, scale, mask=inside_m)
+    inverse = reciprocal(scale)[:, None]
+    head = encode(head, inverse, zero_point[:, None], HAS_ZERO_POINT)
+    tail = encode(tail, inverse, zero_point[:, None], HAS_ZERO_POINT)
+    store_row(codes_ptr + rows[:, None] * K, K, inside, head, tail, HEAD, TAIL)
+
+
+def layer_norm_quantize(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, static: StaticScale | None = None, keep_float: bool = False
+) -> tuple[QuantizedActivation, Tensor | None]:
+    """See layer_norm_quantize_ref: scales to fp32 rounding, codes at most 1 apart and that on fewer than 1 in 1000."""
+    check_layer_norm(x, weight, bias)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    M, K = x.shape
+    entries = scale_entries("layer_norm_quantize", static, M, M, 1, x.device)
+    codes = torch.empty((M, K), dtype=torch.int8, device=x.device)
+    y = torch.empty((M, K), dtype=x.dtype, device=x.device) if keep_float else None
+    head, tail = split_row(K)
+    block_m = rows_per_program(K)
+    with on_device(x):
+        _layer_norm_quantize_kernel[(triton.cdiv(M, block_m),)](
+            x, weight.contiguous(), bias.contiguous(), codes, codes if y is None else y, entries.scale, entries.zero_point_or_scale,
+            *entries.tables, M, K, eps, entries.rows_per_scale, x.stride(0),
+            STATIC=static is not None, HAS_ZERO_POINT=entries.zero_point is not None, KEEP_FLOAT=keep_float, TINY=TINY,
+            BLOCK_M=block_m, HEAD=head, TAIL=tail, num_warps=row_warps(K),
+        )  # fmt: skip
+    return QuantizedActivation(codes, entries.scale, entries.zero_point, entries.rows_per_scale), y

@@ -1,0 +1,122 @@
+"""The producers of int8 codes on a real GPU: SDXL's shapes, exact absmax, no host sync, CUDA graphs.
+
+tests/unit runs its kernel tests on the GPU too where there is one; here is what the interpreter cannot show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from stepquant.kernels import dispatch
+from stepquant.kernels.activation import QuantizedActivation
+from stepquant.kernels.backend import Backend
+from stepquant.kernels.dispatch import StaticScale
+from stepquant.kernels.geglu_quantize import geglu_quantize_ref
+from stepquant.kernels.group_norm_silu_quantize import group_norm_silu_quantize_ref
+from stepquant.kernels.layer_norm_quantize import layer_norm_quantize_ref
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or dispatch.choose_backend("cuda").backend is not Backend.TRITON,
+    reason="needs an NVIDIA GPU (sm_80 or newer) with Triton; `python -m stepquant check` says what is missing",
+)
+
+DEVICE = "cuda"
+# Side and channels of the segments: every distinct GroupNorm before a convolution at 1024x1024
+GROUP_NORMS = [(128, 320), (64, 320), (64, 640), (32, 640), (32, 1280), (32, 1280, 1280), (32, 1280, 640), (64, 1280, 640), (128, 640, 320)]
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(seed)).half()
+
+
+def static(bucket: torch.Tensor, asymmetric: bool = True) -> StaticScale:
+    zero_point = torch.full((64,), -20, dtype=torch.int32, device=DEVICE) if asymmetric else None
+    return StaticScale(torch.linspace(0.02, 0.05, 64, device=DEVICE), zero_point, bucket)
+
+
+def assert_close(actual: QuantizedActivation, expected: QuantizedActivation, scale_tolerance: float = 5e-6) -> None:
+    """Codes at most 1 apart on at most 0.1 %, scales to the rounding of fp32 sums."""
+    apart = (actual.codes.int() - expected.codes.int()).abs()
+    assert apart.max() <= 1
+    assert (apart > 0).double().mean() <= 1e-3
+    torch.testing.assert_close(actual.scale, expected.scale, rtol=scale_tolerance, atol=0)
+
+
+@pytest.mark.parametrize("is_static", [False, True], ids=["token", "static"])
+@pytest.mark.parametrize("shape", [(2048, 1280), (8192, 640)], ids=str)
+def test_layer_norm_quantize_equals_the_reference_on_sdxl_shapes(shape, is_static):
+    x, (weight, bias) = 3 * normal(*shape) + 1, normal(2, shape[1], seed=1)
+    scale = static(torch.tensor([3, 60], device=DEVICE)) if is_static else None
+    actual, y = dispatch.layer_norm_quantize(x, weight, bias, 1e-5, scale, keep_float=True)
+    expected, expected_y = layer_norm_quantize_ref(x, weight, bias, 1e-5, scale, keep_float=True)
+    assert_close(actual, expected)
+    assert (y.double() - expected_y.double()).norm() <= 5e-4 * expected_y.double().norm()
+
+
+@pytest.mark.parametrize("is_static", [False, True], ids=["token", "static"])
+@pytest.mark.parametrize("shape", [(2048, 10240), (8192, 5120)], ids=str)
+def test_geglu_quantize_equals_the_reference_on_sdxl_shapes(shape, is_static):
+    x, scale = normal(*shape), static(torch.tensor([3, 60], device=DEVICE)) if is_static else None
+    assert_close(dispatch.geglu_quantize(x, scale), geglu_quantize_ref(x, scale), 3e-5)
+
+
+@pytest.mark.parametrize("is_static", [False, True], ids=["image", "static"])
+@pytest.mark.parametrize("shape", GROUP_NORMS, ids=str)
+def test_group_norm_silu_quantize_equals_the_reference_on_sdxl_shapes(shape, is_static):
+    side, *widths = shape
+    segments = [(2 * normal(2, C, side, side, seed=C) - 1).contiguous(memory_format=torch.channels_last) for C in widths]
+    weight, bias = normal(2, sum(widths), seed=1)
+    scales = [static(torch.tensor([3, 60], device=DEVICE))] if is_static else []
+    (actual,) = dispatch.group_norm_silu_quantize(segments, weight, bias, static=scales)
+    (expected,) = group_norm_silu_quantize_ref(segments, weight, bias, static=scales)
+    assert_close(actual, expected)
+    if not is_static:  # the scale came from the channels' ends, and yet some value has the largest code
+        assert (actual.codes.flatten(1).int().abs().amax(1) == 127).all()
+
+
+def step_of(bucket: torch.Tensor) -> Callable[[], list[QuantizedActivation]]:
+    """Every producer once, static and dynamic, on fixed tensors."""
+    x, images, skip = normal(2048, 640), normal(2, 640, 32, 32, seed=1), normal(2, 320, 32, 32, seed=2)
+    images, skip = (image.contiguous(memory_format=torch.channels_last) for image in (images, skip))
+    weight, bias = normal(2, 960, seed=3)
+    scale = static(bucket)
+
+    def step() -> list[QuantizedActivation]:
+        return [
+            dispatch.layer_norm_quantize(x, weight[:640], bias[:640])[0],
+            dispatch.layer_norm_quantize(x, weight[:640], bias[:640], static=scale)[0],
+            dispatch.geglu_quantize(x),
+            dispatch.geglu_quantize(x, scale),
+            *dispatch.group_norm_silu_quantize([images, skip], weight, bias),
+            *dispatch.group_norm_silu_quantize([images, skip], weight, bias, static=[scale, scale], joined=False),
+            *dispatch.group_norm_silu_quantize([images], weight[:640], bias[:640], silu=False, dynamic=dispatch.DynamicScale.TOKEN),
+        ]
+
+    return step
+
+
+def test_producers_never_wait_for_the_gpu():
+    step = step_of(torch.tensor([1, 2], device=DEVICE))
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_producers_follow_the_bucket_and_give_the_same_bits_when_a_cuda_graph_is_replayed():
+    bucket = torch.tensor([0, 63], device=DEVICE)
+    step = step_of(bucket)
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for values in ([5, 40], [63, 0]):
+        bucket.copy_(torch.tensor(values))
+        graph.replay()
+        for actual, expected in zip(captured, step(), strict=True):
+            assert torch.equal(actual.codes, expected.codes) and torch.equal(actual.scale, expected.scale)

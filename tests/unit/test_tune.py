@@ -1,0 +1,79 @@
+"""Tuning's choice: few kernels, the least time a step. Timing itself needs a GPU and is not tested here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from stepquant.kernels.sdxl_products import PRODUCTS
+from stepquant.kernels.tables import Product, read_table
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def load(name: str):
+    """A module of benchmarks/, which is no package."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.insert(0, str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def timings():
+    """Every candidate of every product on sm_90, with times that differ from product to product."""
+    choice, candidates = load("tune_choice"), load("tune_candidates").candidates
+    found = []
+    for index, product in enumerate(PRODUCTS):
+        for dtype in ("int8", "fp8") if product.op != "upsample2x" else ("int8",):
+            for number, design in enumerate(candidates(product, dtype, 90)):
+                us = product.operations / 1e9 * (1 + (index * 7 + number * 5) % 11 / 10)
+                found.append(choice.Timing(product, dtype, design, us))
+    return found
+
+
+def test_tune_keeps_at_most_a_dozen_kernels_and_every_shape(timings):
+    choice = load("tune_choice")
+    chosen = choice.choose(timings)
+    assert {timing.shape for timing in chosen} == {timing.shape for timing in timings}
+    for dtype in ("int8", "fp8"):
+        roles: dict[tuple, set[tuple]] = {}
+        for timing in timings:
+            roles.setdefault(timing.shape, set()).add((bool(timing.product.addend), timing.product.asymmetric))
+        kernels = set().union(*(timing.kernels(roles) for timing in chosen if timing.dtype == dtype))
+        assert len(kernels) <= choice.MAX_KERNELS
+
+
+def test_tune_takes_each_shapes_best_when_kernels_may_be_many(timings):
+    choice = load("tune_choice")
+    best = {shape: min(t.step_us for t in found) for shape, found in choice.by_shape(timings).items()}
+    chosen = choice.choose(timings, limit=1000)
+    assert {timing.shape: timing.step_us for timing in chosen} == best
+    assert choice.step_ms(chosen, "int8") <= choice.step_ms(choice.choose(timings), "int8")
+
+
+def test_tune_gives_up_the_design_that_costs_the_least():
+    choice, product = load("tune_choice"), next(p for p in PRODUCTS if p.role == "ff2" and p.M == 2048)
+    other = next(p for p in PRODUCTS if p.role == "ff2" and p.M == 8192)
+    fast, slow = load("tune_candidates").candidates(product, "int8", 90)[:2]
+    timings = [
+        choice.Timing(product, "int8", fast, 10.0), choice.Timing(product, "int8", slow, 12.0),  # 60 calls a step: 120 us to lose
+        choice.Timing(other, "int8", fast, 15.0), choice.Timing(other, "int8", slow, 10.0),  # 10 calls a step: 50 us to lose
+    ]  # fmt: skip
+    assert {timing.design for timing in choice.choose(timings, limit=1)} == {fast}
+
+
+def test_tune_writes_a_table_that_is_read_back(timings, tmp_path):
+    spec = importlib.util.find_spec("triton")
+    if spec is None:
+        pytest.skip("Triton is not installed: tune.py is not used")
+    path = tmp_path / "sm_90.json"
+    load("tune").write_table(path, timings, 90, "GPU under test")
+    table = read_table(path)
+    assert table.measured and json.loads(path.read_text(encoding="utf-8"))["gpu"] == "GPU under test"
+    for timing in load("tune_choice").choose(timings):
+        op, dtype, segments, M, N, K = timing.shape
+        assert table.find(Product(op, dtype, segments, M, N, K)) == timing.design
