@@ -1,0 +1,86 @@
+"""A quantized layer as a torch module in the place of a Linear or Conv2d. The arithmetic is in hosts/compute.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ModelError
+from ...quant.file_format import QuantizedLayer
+from ...quant.mac_counter import MacCounter
+from ...quant.scheme import Scheme
+from .. import compute
+from .timestep_tap import TimestepTap
+
+# Scales are fp32 by contract: `.half()` or `.to(dtype)` on the UNet must not round them.
+_FP32_BUFFERS = ("weight_scale", "act_scale")
+
+
+class QuantizedModule(nn.Module):
+    """Base of both kinds. Buffers are the parts of QuantizedLayer, by their names; bias has the UNet's dtype.
+
+    counter: if set, told of every call's multiply-adds.
+    """
+
+    def __init__(self, name: str, scheme: Scheme, layer: QuantizedLayer, tap: TimestepTap) -> None:
+        super().__init__()
+        self.name = name
+        self.scheme = scheme
+        self.tap = tap
+        self.counter: MacCounter | None = None
+        for part, tensor in vars(layer).items():
+            self.register_buffer(part, tensor)
+        sums = None if layer.act_zero_point is None else compute.sums_of_codes(layer.qweight)
+        self.register_buffer("weight_sums", sums, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
+        exact = {key: getattr(self, key) for key in _FP32_BUFFERS}
+        super()._apply(fn, recurse)
+        for key, before in exact.items():
+            after = getattr(self, key)
+            if after is not None and after.dtype is not torch.float32:
+                setattr(self, key, before.to(after.device))
+        return self
+
+    def stored(self) -> QuantizedLayer:
+        """The layer as a file holds it; tensors are shared, not copied."""
+        return QuantizedLayer(self.qweight, self.weight_scale, self.bias, self.act_scale, self.act_zero_point)
+
+    def _tensors(self) -> compute.LayerTensors:
+        return compute.LayerTensors(
+            name=self.name,
+            scheme=self.scheme,
+            qweight=self.qweight,
+            weight_scale=self.weight_scale,
+            bias=self.bias,
+            weight_sums=self.weight_sums,
+            act_scale=self.act_scale,
+            act_zero_point=self.act_zero_point,
+            counter=self.counter,
+        )
+
+    def _bucket(self) -> Tensor:
+        if self.tap.bucket is None:
+            raise ModelError(f"{self.name}: called outside its UNet, so its timestep is unknown. Call the UNet it belongs to.")
+        return self.tap.bucket
+
+
+class QuantizedLinear(QuantizedModule):
+    """(..., K) -> (..., N)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return compute.linear(x, self._tensors(), self._bucket())
+
+
+class QuantizedConv2d(QuantizedModule):
+    """(B, Cin, H, W) -> (B, Cout, Ho, Wo), zero padding."""
+
+    def __init__(self, name: str, scheme: Scheme, layer: QuantizedLayer, tap: TimestepTap, stride: int, padding: int) -> None:
+        super().__init__(name, scheme, layer, tap)
+        self.stride = stride
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return compute.conv2d(x, self._tensors(), self._bucket(), self.stride, self.padding)

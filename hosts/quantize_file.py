@@ -1,0 +1,58 @@
+"""Quantizes a checkpoint or UNet file to a file, tensor by tensor: no engine, no modules, no GPU needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..quant.calibration import Calibration, describe
+from ..quant.file_format import QuantizedModel, write_model
+from ..quant.layers import find_layers
+from ..quant.recipe import Recipe, preset_recipe
+from ..version import VERSION
+from .checkpoint_file import TensorFile, open_checkpoint, sha256_of
+from .quantize_layer import check_calibrated, quantize_layer
+
+
+def quantize_file(
+    source: str | Path,
+    out: str | Path,
+    preset: str,
+    groups: int,
+    calibration: Calibration | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> QuantizedModel:
+    """Write a quantized copy of an SDXL checkpoint, or of a file with its UNet alone.
+
+    Peak RAM is the quantized model plus one layer; other tensors are mapped from the source and copied on writing.
+    Args:
+        progress: called with (layers done, layers in all).
+    Returns: what was written.
+    Raises: FormatError if a file cannot be read or written; ModelError if the source is not SDXL or quantized already;
+        WeightError if a weight is NaN or infinite; CalibrationError if a static layer was not calibrated. Nothing is
+        written then.
+    """
+    with open_checkpoint(source) as file:
+        layers = find_layers(file.unet_shapes())
+        recipe = preset_recipe(preset, layers, groups)
+        check_calibrated(recipe, calibration)
+        model = _quantize(file, recipe, calibration, progress)
+        model.base_model = {"name": Path(source).stem, "sha256": sha256_of(source)}
+        write_model(out, model, VERSION)
+    return model
+
+
+def _quantize(file: TensorFile, recipe: Recipe, calibration: Calibration | None, progress) -> QuantizedModel:
+    prefix = file.unet_prefix
+    quantized = {}
+    for done, (name, scheme) in enumerate(recipe.schemes.items(), 1):
+        key = prefix + name
+        quantized[name] = quantize_layer(name, file[f"{key}.weight"], file.get(f"{key}.bias"), scheme, recipe.groups, calibration)
+        if progress is not None:
+            progress(done, len(recipe.schemes))
+    taken = {f"{prefix}{name}.{part}" for name in quantized for part in ("weight", "bias")}
+    others = [key for key in file if key not in taken]
+    rest = {key[len(prefix) :]: file[key] for key in others if key.startswith(prefix)}
+    extra = {key: file[key] for key in others if not key.startswith(prefix)}
+    summary = describe(calibration) if recipe.needs_calibration else {}
+    return QuantizedModel(quantized, rest, recipe, calibration=summary, extra=extra)

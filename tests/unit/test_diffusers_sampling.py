@@ -1,0 +1,115 @@
+"""Calibration, recorded trajectories and fidelity figures on the demo model's pipeline, a few steps each."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from stepquant.errors import CalibrationError, ModelError
+
+pytest.importorskip("diffusers", reason="the embedded engine needs diffusers (stepquant[demo])")
+
+from stepquant.demo.pipeline import load_demo_pipeline
+from stepquant.hosts.diffusers.calibrate import calibrate
+from stepquant.hosts.diffusers.fidelity import measure_fidelity, psnr_db, record_reference
+from stepquant.hosts.diffusers.peak_memory import peak_activation_bytes
+from stepquant.hosts.diffusers.quantize import quantize_unet, unet_shapes
+from stepquant.hosts.diffusers.trajectory import Sampling, record_trajectory, sample_latents
+from stepquant.quant.layers import find_layers
+from stepquant.quant.recipe import preset_recipe
+
+PROMPTS = ("3d render of a teddy bear", "flat icon of a cactus, pink background")
+QUICK = Sampling(steps=2, guidance=4.0, seed=3)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_demo_pipeline()
+
+
+def hooks_of(unet):
+    return [name for name, module in unet.named_modules() if module._forward_pre_hooks or module._forward_hooks]
+
+
+def test_calibrate_observes_every_quantizable_layer_in_the_visited_buckets(pipeline):
+    calibration = calibrate(pipeline, PROMPTS[:1], QUICK)
+    layers = find_layers(unet_shapes(pipeline.unet))
+    assert calibration.layers.keys() == layers.keys()
+    # Two Euler steps with leading spacing visit t = 501 and t = 1.
+    for name, statistics in calibration.layers.items():
+        assert statistics.buckets.tolist() == [0, 32], name
+        assert statistics.range_min.shape == (2, layers[name].in_channels)
+    assert calibration.summary["prompts"] == [PROMPTS[0]] and calibration.summary["steps"] == 2
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_calibrate_leaves_nothing_behind_when_cancelled(pipeline, error):
+    def cancel(done, total):
+        assert hooks_of(pipeline.unet)
+        raise error
+
+    with pytest.raises(error):
+        calibrate(pipeline, PROMPTS, QUICK, progress=cancel)
+    assert not hooks_of(pipeline.unet)
+
+
+def test_calibrate_refuses_no_prompts_and_quantized_models(pipeline):
+    with pytest.raises(CalibrationError, match="no prompts"):
+        calibrate(pipeline, [])
+    quantized = copy.copy(pipeline)
+    quantized.unet = quantize_unet(copy.deepcopy(pipeline.unet), preset_recipe("w8a8-token", find_layers(unet_shapes(pipeline.unet))))
+    with pytest.raises(ModelError, match="already quantized"):
+        calibrate(quantized, PROMPTS, QUICK)
+
+
+def test_latents_of_a_prompt_do_not_depend_on_its_batch(pipeline):
+    together = sample_latents(pipeline, PROMPTS, Sampling(steps=1), batch_size=2)
+    apart = sample_latents(pipeline, PROMPTS, Sampling(steps=1), batch_size=1)
+    assert torch.allclose(together, apart, atol=1e-3)
+
+
+def test_record_trajectory_counts_steps_anew_in_every_batch(pipeline):
+    seen = []
+    trajectory = record_trajectory(pipeline, PROMPTS, QUICK, batch_size=1, progress=lambda done, total: seen.append((done, total)))
+    assert [call.step for call in trajectory.calls] == [0, 1, 0, 1]
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert trajectory.latents.shape == (2, 4, 32, 32)
+    assert not hooks_of(pipeline.unet)
+
+
+def test_fidelity_of_the_same_unet_is_exact(pipeline):
+    reference = record_reference(pipeline, PROMPTS[:1], Sampling(steps=1))
+    fidelity = measure_fidelity(pipeline, pipeline.unet, reference)
+    assert fidelity.sqnr_db == fidelity.latent_sqnr_db == fidelity.mean_psnr_db == math.inf
+
+
+def test_fidelity_of_a_quantized_unet_and_the_pipeline_keeps_its_own(pipeline):
+    reference = record_reference(pipeline, PROMPTS[:1], QUICK)
+    recipe = preset_recipe("w8a8-token", find_layers(unet_shapes(pipeline.unet)))
+    original = pipeline.unet
+    quantized = quantize_unet(copy.deepcopy(original), recipe)
+    fidelity = measure_fidelity(pipeline, quantized, reference)
+    assert pipeline.unet is original
+    assert len(fidelity.step_sqnr_db) == 2 and fidelity.sqnr_worst_db == min(fidelity.step_sqnr_db)
+    assert 20 < fidelity.sqnr_worst_db <= fidelity.sqnr_db < 60
+    assert fidelity.integer_share == 1.0
+    assert fidelity.pictures.shape == (1, 3, 256, 256)
+
+
+def test_psnr_counts_eight_bit_levels():
+    reference = torch.full((2, 3, 4, 4), 100 / 255)
+    test = reference.clone()
+    test[0] += 0.3 / 255  # the same level
+    test[1] += 1 / 255
+    assert psnr_db(reference, test) == (math.inf, pytest.approx(20 * math.log10(255)))
+
+
+def test_peak_activation_bytes_counts_what_lives_at_once():
+    def call():
+        first = torch.zeros(1000)  # 4000 bytes
+        second = first + 1  # 8000 with the first
+        del first
+        return second.view(10, 100) * 2  # 8000 with the second
+
+    assert peak_activation_bytes(call, torch.device("cpu")) == 8000
