@@ -1,0 +1,131 @@
+"""`inspect`: what a StepQuant file holds, read and checked whole; any fault is one sentence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from .output import console, print_json, size_text
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A quantized model or a calibration made by StepQuant.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="List every layer's scheme.")] = False,
+) -> None:
+    """Show a file's header, schemes, timestep groups and sizes, after checking all of it."""
+    from ..hosts.checkpoint_file import open_tensor_file
+    from ..quant.calibration import CALIBRATION_KEY
+
+    with open_tensor_file(file) as tensors:
+        is_calibration = CALIBRATION_KEY in tensors.metadata
+    report = _describe_calibration(file) if is_calibration else _describe_model(file)
+    if as_json:
+        print_json(report)
+        return
+    (_show_calibration if is_calibration else _show_model)(report, layers)
+
+
+def _describe_model(file: Path) -> dict[str, object]:
+    from ..quant.file_format import read_header, read_model
+    from ..quant.layers import find_layers
+
+    header = read_header(file)
+    model = read_model(file)
+    sizes = {
+        "codes": sum(_bytes(layer.qweight) for layer in model.layers.values()),
+        "scales": sum(_bytes(layer.weight_scale, layer.act_scale, layer.act_zero_point) for layer in model.layers.values()),
+        "unet_16_bit": _bytes(*model.rest.values()) + sum(_bytes(layer.bias) for layer in model.layers.values()),
+        "text_encoders_and_vae": _bytes(*model.extra.values()),
+    }
+    kept = find_layers({name: tuple(tensor.shape) for name, tensor in model.rest.items()})
+    return {
+        "file": str(file),
+        "format": header.version,
+        "stepquant": header.library_version,
+        "kind": header.kind,
+        "base_model": header.base_model,
+        "preset": header.recipe.preset,
+        "chosen_by": header.recipe.chosen_by,
+        "timestep_groups": len(set(header.recipe.groups)),
+        "groups": list(header.recipe.groups),
+        "schemes": _count_schemes(header.recipe.schemes),
+        "quantizable_layers_in_16_bit": sorted(kept),
+        "layers": {name: scheme.to_json() for name, scheme in header.recipe.schemes.items()},
+        "calibration": header.calibration,
+        "size_bytes": file.stat().st_size,
+        "part_bytes": sizes,
+    }
+
+
+def _count_schemes(schemes) -> list[dict[str, object]]:
+    counted = Counter((s.weight_bits, s.activation.value, s.symmetric, s.compute.value) for s in schemes.values())
+    fields = ("weight_bits", "activation", "symmetric", "compute")
+    return [{**dict(zip(fields, key, strict=True)), "layers": count} for key, count in counted.most_common()]
+
+
+def _describe_calibration(file: Path) -> dict[str, object]:
+    from ..quant.calibration import Calibration, describe
+
+    summary = describe(Calibration.load(file))
+    return {"file": str(file), "kind": "calibration", "size_bytes": file.stat().st_size, **summary}
+
+
+def _bytes(*tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def _show_model(report: dict, with_layers: bool) -> None:
+    base = report["base_model"]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("file", f"{report['file']} ({size_text(report['size_bytes'])}, {report['kind']})")
+    table.add_row("made by", f"StepQuant {report['stepquant']}, file format {report['format']}")
+    table.add_row("base model", f"{base.get('name') or 'unknown'}{_short_hash(base.get('sha256'))}")
+    table.add_row("recipe", f"{report['preset']}, chosen by {report['chosen_by']}")
+    for scheme in report["schemes"]:
+        zero_point = "" if scheme["symmetric"] else " with zero point"
+        table.add_row("", f"{scheme['layers']} layers: W{scheme['weight_bits']}, {scheme['activation']}{zero_point}, {scheme['compute']}")
+    if kept := report["quantizable_layers_in_16_bit"]:
+        table.add_row("", f"{len(kept)} quantizable layers kept in 16 bit")
+    if report["timestep_groups"] > 1:
+        table.add_row("timestep groups", f"{report['timestep_groups']}: buckets {_group_ranges(report['groups'])}")
+    for part, size in report["part_bytes"].items():
+        if size:
+            table.add_row(part.replace("_", " "), size_text(size))
+    if calibration := report["calibration"]:
+        table.add_row("calibrated on", _calibration_text(calibration))
+    console.print(table)
+    if with_layers:
+        for name, scheme in report["layers"].items():
+            console.print(f"{name}: W{scheme['weight_bits']} {scheme['activation']}", soft_wrap=True)
+
+
+def _show_calibration(report: dict, with_layers: bool) -> None:
+    console.print(f"{report['file']}: a calibration ({size_text(report['size_bytes'])})", soft_wrap=True)
+    console.print(_calibration_text(report), soft_wrap=True)
+
+
+def _calibration_text(summary: dict) -> str:
+    prompts = summary.get("prompts")
+    parts = [f"{summary['layers']} layers", f"{len(summary['buckets'])} timestep buckets"] if "buckets" in summary else []
+    parts += [f"{len(prompts)} prompts"] if isinstance(prompts, list) else []
+    parts += [f"{key} {summary[key]}" for key in ("scheduler", "sampler", "steps", "guidance", "cfg", "seed") if key in summary]
+    return ", ".join(parts) or "unknown"
+
+
+def _group_ranges(groups: list[int]) -> str:
+    ranges, first = [], 0
+    for _, run in groupby(groups):
+        length = len(list(run))
+        ranges.append(f"{first}-{first + length - 1}")
+        first += length
+    return " ".join(ranges)
+
+
+def _short_hash(sha256: str | None) -> str:
+    return f" (sha256 {sha256[:12]})" if sha256 else ""

@@ -1,0 +1,59 @@
+"""`quantize`: a checkpoint or UNet file in, a quantized file out; needs neither GPU nor engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import CalibrationError, FormatError
+from ..quant.recipe import DEFAULT_GROUPS, PRESETS
+from .atomic_write import check_writable
+from .open_model import DEMO
+from .output import console, print_json, progress_bar, size_text
+
+
+def quantize(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help=f"SDXL checkpoint or UNet (.safetensors), or '{DEMO}' for the demo model's UNet.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Quantized file to write (.safetensors).")],
+    preset: Annotated[str, typer.Option(help=f"{' or '.join(PRESETS)}; the static one needs --calibration.")] = PRESETS[0],
+    calibration: Annotated[Path | None, typer.Option(help="File made by `calibrate` on this model.")] = None,
+    groups: Annotated[int, typer.Option(min=1, max=64, help="Timestep groups of static scales. Usual is 8.")] = DEFAULT_GROUPS,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Quantize SDXL's UNet to 8 bit; text encoders and VAE of a whole checkpoint are copied as they are."""
+    from ..hosts.quantize_file import quantize_file
+    from ..quant.calibration import Calibration
+
+    path = _source_path(source)
+    _check_out(path, out, overwrite)
+    if preset == "w8a8-static" and calibration is None:
+        raise CalibrationError("w8a8-static: needs --calibration FILE. Make one with `calibrate`, or use w8a8-token.")
+    statistics = Calibration.load(calibration) if calibration else None
+    with progress_bar(quiet=as_json) as start:
+        model = quantize_file(path, out, preset, groups, statistics, start("Quantizing layers"))
+    before, after = path.stat().st_size, out.stat().st_size
+    if as_json:
+        print_json({"file": str(out), "preset": preset, "layers": len(model.layers), "size_bytes": after, "source_size_bytes": before})
+        return
+    console.print(f"{out}: {preset}, {len(model.layers)} layers, {size_text(before)} -> {size_text(after)}")
+
+
+def _source_path(source: str) -> Path:
+    if source == DEMO:
+        from ..demo.architecture import MODEL_DIR
+
+        return MODEL_DIR / "unet.safetensors"
+    return Path(source)
+
+
+def _check_out(source: Path, out: Path, overwrite: bool) -> None:
+    if source.exists() and out.exists() and source.samefile(out):
+        raise FormatError(f"{out}: is the file to be quantized. Give another name to write to.")
+    if out.exists() and not overwrite:
+        raise FormatError(f"{out}: exists already. Give another name, or --overwrite to replace it.")
+    check_writable(out)
