@@ -21,8 +21,9 @@ from .weight import SMALLEST_SCALE
 
 CALIBRATION_KEY = "stepquant_calibration"
 CALIBRATION_VERSION = 1
-# The range that loses least is rarely the widest: try these shares of it on the recorded rows.
-CLIP_CANDIDATES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
+# A little clipping loses less than none; more of it, judged on a few recorded rows, lost 2.6 dB on prompts that were
+# not calibrated on (demo model: 36.0 dB down to half the range, 38.6 dB down to nine tenths).
+CLIP_CANDIDATES = (1.0, 0.95, 0.9)
 
 
 @dataclass(frozen=True)
