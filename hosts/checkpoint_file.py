@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -83,10 +83,16 @@ def open_tensor_file(path: str | Path) -> Iterator[TensorFile]:
         yield TensorFile(handle)
 
 
-def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+def sha256_of(path: str | Path, after_block: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file's bytes, in hex.
+
+    Args:
+        after_block: called with the bytes read since the last call, for progress; may raise to cancel.
+    """
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while block := file.read(HASH_BLOCK_BYTES):
             digest.update(block)
+            if after_block is not None:
+                after_block(len(block))
     return digest.hexdigest()

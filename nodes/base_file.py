@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 
 import comfy.model_management
 import comfy.utils
 
-CHUNK = 16 * 2**20
+from ..hosts.checkpoint_file import sha256_of
 
 
 def loaded_from(model) -> str | None:
@@ -32,10 +31,9 @@ def _file_of(init: tuple | None) -> str | None:
 def sha256(path: str) -> str:
     """Hexadecimal digest; shows progress and stops when the run is cancelled."""
     bar = comfy.utils.ProgressBar(max(1, os.path.getsize(path)))
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            digest.update(chunk)
-            bar.update(len(chunk))
-    return digest.hexdigest()
+
+    def after_block(size: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update(size)
+
+    return sha256_of(path, after_block)
