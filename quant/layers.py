@@ -37,11 +37,6 @@ class LayerSpec:
         return len(self.shape) == 4
 
     @property
-    def is_spatial(self) -> bool:
-        """A conv whose outputs mix neighbouring pixels, so that one image needs one scale."""
-        return self.is_conv and self.shape[2:] != (1, 1)
-
-    @property
     def in_channels(self) -> int:
         return self.shape[1]
 

@@ -215,7 +215,7 @@ def test_quantize_says_so_before_the_work_when_the_folder_cannot_be_written(chec
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("stepquant.cli.atomic_write.tempfile.mkstemp", refuse)
+    monkeypatch.setattr("stepquant.quant.atomic_file.tempfile.mkstemp", refuse)
     monkeypatch.setattr("stepquant.hosts.quantize_file.quantize_layer", lambda *args: pytest.fail("worked before it checked"))
     assert_one_sentence(run("quantize", checkpoint, tmp_path / "out.safetensors"), "cannot write here", "Permission denied")
     assert list(tmp_path.iterdir()) == [checkpoint]
