@@ -10,10 +10,10 @@ PROMPTS_FILE = Path(__file__).parent / "prompts.json"
 
 # Each asks for something else: shading, flat shapes, a portrait, outline, counting, layout.
 SHOWN = (
-    "3d render of a red heart, pink background",
+    "3d render of a rocket, blue background",
     "flat icon of a panda, green background",
     "sketch avatar of a person with bangs, light skin, sunglasses, a full beard, green shirt, purple background",
-    "cartoon drawing of a frog, yellow background",
+    "cartoon drawing of a lobster, teal background",
     "glossy icon of three lemons, blue background",
     "flat icon of a bear, orange background",
     "flat icon of a cat face, teal background",
