@@ -22,7 +22,14 @@ def operation_name(product: SdxlProduct, dtype: str) -> str:
     """The operation in dispatch that serves the product."""
     if product.op == "upsample2x":
         return "int8_upsample_conv2d"
+    if product.op == "geglu":
+        return "int8_geglu_gemm"
     return f"{dtype}_{'gemm' if product.op == 'gemm' else 'conv2d'}"
+
+
+def only_int8(product: SdxlProduct) -> bool:
+    """Whether there is no fp8 kernel for the product."""
+    return operation_name(product, "fp8").startswith("int8")
 
 
 def launcher(product: SdxlProduct, dtype: str) -> Callable[..., Any]:
@@ -44,11 +51,14 @@ def call_arguments(product: SdxlProduct, dtype: str, device: str, static: bool =
 
 
 def _arguments(product: SdxlProduct, dtype: str, static: bool) -> dict[str, Any]:
-    is_gemm, N, C = product.op == "gemm", product.N, sum(product.K)
+    is_gemm, N, C = product.op in ("gemm", "geglu"), product.N, sum(product.K)
     has_zero_point = static and product.asymmetric
     shape = (product.M,) if is_gemm else (BATCH, product.side, product.side)
     segments = [_activation((*shape, channels), dtype, has_zero_point) for channels in product.K]
     arguments: dict[str, Any] = {"activation": segments[0], "bias": torch.randn(N).half() if product.bias else None}
+    if product.op == "geglu":
+        arguments |= {"qweight": _codes((N, C), dtype), "weight_scale": torch.rand(N) * 1e-2}
+        return arguments
     arguments["addend"] = _addend(product)
     weight_scale = torch.rand(N) * 1e-2
     if product.op == "upsample2x":

@@ -28,9 +28,9 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from product_calls import call_arguments, launcher, operation_name, reference
+from product_calls import call_arguments, launcher, only_int8, reference
 from tune_candidates import candidates
-from tune_choice import Timing, choose, step_ms
+from tune_choice import Timing, by_shape, choose, step_ms
 
 from stepquant.kernels.design import Design
 from stepquant.kernels.sdxl_products import PRODUCTS, SdxlProduct
@@ -63,7 +63,7 @@ class Job:
     @property
     def label(self) -> str:
         p = self.product
-        return f"{self.dtype} {p.role} {p.op} {p.M}x{p.N}x{'+'.join(map(str, p.K))}"
+        return f"{self.dtype} {p.role} {p.op} {p.M}x{p.N}x{'+'.join(map(str, p.K))}" + (f" {p.addend}" if p.addend else "")
 
 
 def jobs(dtypes: list[str], sm: int) -> list[Job]:
@@ -73,7 +73,7 @@ def jobs(dtypes: list[str], sm: int) -> list[Job]:
         (product, dtype, design)
         for product in ordered
         for dtype in dtypes
-        if not (dtype == "fp8" and (sm < 89 or operation_name(product, dtype).startswith("int8")))
+        if not (dtype == "fp8" and (sm < 89 or only_int8(product)))
         for design in candidates(product, dtype, sm)
     ]
     return [Job(index, *parts) for index, parts in enumerate(found)]
@@ -81,11 +81,12 @@ def jobs(dtypes: list[str], sm: int) -> list[Job]:
 
 def compile_shard(dtypes: list[str], sm: int, shard: int, shards: int) -> None:
     """Compile every shards-th distinct kernel into the disk cache; prints a line per job."""
-    from stepquant.kernels.triton_ops import conv_kernel, fp8_conv2d, fp8_gemm, gemm_kernel, int8_conv2d, int8_gemm
+    from stepquant.kernels.triton_ops import conv_kernel, fp8_conv2d, fp8_gemm, gemm_kernel, int8_conv2d, int8_geglu_gemm, int8_gemm
 
-    for module in (int8_gemm, int8_conv2d, fp8_gemm, fp8_conv2d):
+    for module in (int8_gemm, int8_geglu_gemm, int8_conv2d, fp8_gemm, fp8_conv2d):
         mock.patch.object(module, "compute_capability", lambda device: sm).start()
     mock.patch.object(int8_gemm, "_gemm_kernel", _Warmup(gemm_kernel._gemm_kernel)).start()
+    mock.patch.object(int8_geglu_gemm, "_geglu_gemm_kernel", _Warmup(int8_geglu_gemm._geglu_gemm_kernel)).start()
     mock.patch.object(int8_conv2d, "_conv2d_kernel", _Warmup(conv_kernel._conv2d_kernel)).start()
     # Jobs of one design follow each other, so that a shard finds what differs in shape only compiled already.
     ordered = sorted(jobs(dtypes, sm), key=lambda job: (job.dtype, job.product.op, len(job.product.K), job.design.label))
@@ -155,7 +156,7 @@ def operand_sets(product: SdxlProduct, dtype: str) -> list[dict[str, Any]]:
     """As many operands as it takes to keep each call's out of the L2."""
     first = call_arguments(product, dtype, "cuda")
     output_bytes = 2 * product.M * product.N * (4 if product.op == "upsample2x" else 1)
-    taps = {"gemm": 1, "upsample2x": 16}.get(product.op, 9)
+    taps = {"gemm": 1, "geglu": 1, "upsample2x": 16}.get(product.op, 9)
     rows = product.M * 4 if product.op.endswith("stride2") else product.M
     each = rows * sum(product.K) + product.N * sum(product.K) * taps + output_bytes
     l2 = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", LARGEST_L2)
@@ -220,7 +221,7 @@ def write_table(path: Path, timings: list[Timing], sm: int, gpu: str) -> None:
     """The table of the best designs so far, in the format of kernels/tables.py."""
     chosen = choose(timings)
     totals = {dtype: step_ms(chosen, dtype) for dtype in ("int8", "fp8")}
-    complete = {dtype: {t.shape[:1] + t.shape[2:] for t in chosen if t.dtype == dtype and t.product.op != "upsample2x"} for dtype in totals}
+    complete = {dtype: {t.shape[:1] + t.shape[2:] for t in chosen if t.dtype == dtype and not only_int8(t.product)} for dtype in totals}
     comparable = complete["int8"] and complete["int8"] == complete["fp8"]
     compute = "fp8" if comparable and totals["fp8"] <= LARGEST_GAIN_OF_FP8 * totals["int8"] else "int8"
     head = {"format": FORMAT, "sm": sm, "measured": True, "gpu": gpu, "compute": compute}
@@ -260,9 +261,9 @@ def tune(options: argparse.Namespace, dtypes: list[str], sm: int) -> int:
     problems = compile_all(dtypes, sm, start + COMPILE_SHARE * options.budget)
     failed = sum(1 for problem in problems.values() if problem)
     say(f"{time.monotonic() - start:.0f} s: {len(problems)} of {len(todo)} compiled, {failed} failed")
-    groups: dict[str, list[Job]] = {}
+    groups: dict[tuple[SdxlProduct, str], list[Job]] = {}
     for job in todo:
-        groups.setdefault(job.label, []).append(job)
+        groups.setdefault((job.product, job.dtype), []).append(job)
     timings: list[Timing] = []
     for group in groups.values():
         if time.monotonic() > start + options.budget:
@@ -288,8 +289,8 @@ def tune(options: argparse.Namespace, dtypes: list[str], sm: int) -> int:
 def report(timings: list[Timing], dtypes: list[str]) -> None:
     chosen = choose(timings)
     for dtype in dtypes:
-        best = step_ms([min((t for t in timings if t.shape == c.shape), key=lambda t: t.us) for c in chosen], dtype)
-        say(f"{dtype}: {step_ms(chosen, dtype):.2f} ms a step with the table, {best:.2f} ms if every product had its own kernel")
+        best = step_ms([min(found, key=lambda timing: timing.step_us) for found in by_shape(timings).values()], dtype)
+        say(f"{dtype}: {step_ms(chosen, dtype):.2f} ms a step with the table, {best:.2f} ms if every shape had its own kernel")
 
 
 def main() -> int:

@@ -25,11 +25,28 @@ _HOPPER = (
     Design(128, 256, 128, 8, 3, tma=True, persistent=True),
     Design(128, 256, 128, 8, 3, group_m=16, tma=True),
     Design(128, 128, 128, 8, 3),
+    # Two or three programs on a multiprocessor, so that one's epilogue and first loads run under another's products.
+    Design(128, 128, 128, 8, 3, group_m=4, tma=True),
+    Design(128, 128, 128, 8, 3, group_m=16, tma=True),
+    Design(128, 128, 128, 8, 2, tma=True),
+    Design(128, 128, 64, 8, 5, tma=True),
+    Design(128, 128, 64, 8, 6, tma=True),
+    Design(64, 128, 128, 4, 3, tma=True),
+    Design(64, 128, 128, 4, 4, tma=True),
+    Design(128, 64, 128, 4, 3, tma=True),
+    Design(128, 64, 128, 8, 4, tma=True),
+    Design(64, 64, 128, 4, 4, tma=True),
+    Design(256, 64, 128, 8, 3, tma=True),
+    # One large program of four warp groups, which share what they load.
+    Design(256, 128, 128, 16, 3, tma=True),
+    Design(128, 128, 128, 16, 3, tma=True),
+    Design(128, 128, 128, 8, 3, tma=True, persistent=True),
 )
 _HOPPER_SPLIT = (
     Design(128, 256, 128, 8, 3, tma=True, split_k=2),
     Design(128, 256, 128, 8, 3, tma=True, split_k=3),
     Design(128, 128, 128, 8, 3, tma=True, split_k=2),
+    Design(256, 128, 128, 8, 3, tma=True, split_k=2),
 )
 _AMPERE = (
     Design(128, 128, 64, 8, 3),
@@ -69,6 +86,8 @@ def candidates(product: SdxlProduct, dtype: str, sm: int) -> list[Design]:
         found = [design for design in found if design.sums_per_thread <= MAX_CONCAT_SUMS and not design.persistent]
     if product.op == "conv3x3_stride2":
         found = [design for design in found if not design.tma] + ([Design(128, 64, 64, 8, 4)] if hopper else [])
+    elif product.op == "geglu":
+        found = [design for design in found if not design.persistent and design.split_k == 1]
     elif product.op != "gemm":
         found = [design for design in found if not design.tma or design.BLOCK_M in BOXES]
     if product.N % 256:

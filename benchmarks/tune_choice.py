@@ -8,6 +8,7 @@ from typing import Any
 from stepquant.kernels.design import Design
 from stepquant.kernels.sdxl_products import SdxlProduct
 
+MAX_VARIANTS = 4  # GEGLU, and products of two segments
 MAX_KERNELS = 12  # per compute type: compiled in under 10 s from an empty cache
 
 
@@ -41,7 +42,8 @@ class Timing:
 
     def record(self) -> dict[str, Any]:
         tops = self.product.operations / self.us / 1e6
-        return {"role": self.product.role, "count": self.product.count, **self.row(), "us": round(self.us, 2), "tops": round(tops)}
+        role = {"role": self.product.role, "addend": self.product.addend, "count": self.product.count}
+        return {**role, **self.row(), "us": round(self.us, 2), "tops": round(tops)}
 
 
 def by_shape(timings: list[Timing]) -> dict[tuple, list[Timing]]:
@@ -65,7 +67,8 @@ def choose(timings: list[Timing], limit: int = MAX_KERNELS) -> list[Timing]:
     """One Timing per shape. Starts with each shape's best and gives up, one by one, the design whose loss costs the least."""
     kept: list[Timing] = []
     for dtype in sorted({timing.dtype for timing in timings}):
-        kept += _choose([timing for timing in timings if timing.dtype == dtype], limit)
+        for variant in (False, True):  # a kernel that replaces another need not share the others' dozen
+            kept += _choose([t for t in timings if t.dtype == dtype and t.product.variant == variant], MAX_VARIANTS if variant else limit)
     return kept
 
 
@@ -105,4 +108,4 @@ def _kernel_count(best: dict[tuple, Timing], roles: dict[tuple, set[tuple]]) -> 
 
 def step_ms(chosen: list[Timing], dtype: str) -> float:
     """Milliseconds of all products of a step."""
-    return sum(timing.step_us for timing in chosen if timing.dtype == dtype) / 1e3
+    return sum(timing.step_us for timing in chosen if timing.dtype == dtype and not timing.product.variant) / 1e3

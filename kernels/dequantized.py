@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, linear
@@ -11,7 +13,9 @@ from .finish import Finish, as_images, image_addend
 from .fp8_conv2d import check_fp8_conv
 from .fp8_gemm import check_fp8_gemm
 from .int8_conv2d import check_conv
+from .int8_geglu_gemm import check_geglu_gemm, geglu
 from .int8_gemm import check_gemm
+from .int8_gemm_many import checked_weights
 from .int8_upsample_conv2d import PhaseWeight, check_upsample
 
 
@@ -31,6 +35,31 @@ def dequantized_gemm(
     """int8_gemm_ref's result up to the rounding of `out_dtype`; same arguments, same errors."""
     check_gemm(activation, qweight, weight_scale, weight_sum, bias, second)
     return _linear("int8_gemm", activation, second, qweight, weight_scale, bias, out_dtype, Finish(addend, out_scale, out_zero_point))
+
+
+def dequantized_gemm_many(
+    activation: QuantizedActivation, weights: Sequence[Sequence[Tensor | None]], out_dtype: torch.dtype = torch.float16
+) -> list[Tensor]:
+    """int8_gemm_many_ref's results up to the rounding of `out_dtype`; same arguments, same errors."""
+    return [dequantized_gemm(activation, *layer, out_dtype) for layer in checked_weights(activation, weights)]
+
+
+def dequantized_geglu_gemm(
+    activation: QuantizedActivation,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+    *,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+) -> Tensor | QuantizedActivation:
+    """int8_geglu_gemm_ref's result up to the rounding of `out_dtype`; same arguments, same errors."""
+    finish = Finish(None, out_scale, out_zero_point)
+    check_geglu_gemm(activation, qweight, weight_scale, weight_sum, bias, finish)
+    y = _linear("int8_geglu_gemm", activation, None, qweight, weight_scale, bias, out_dtype, Finish())
+    return finish.apply(geglu(y), out_dtype)
 
 
 def dequantized_fp8_gemm(

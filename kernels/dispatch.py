@@ -12,11 +12,17 @@ from torch import Tensor
 
 from .activation import QuantizedActivation
 from .backend import Backend, BackendChoice, choose_backend, forget_choices, triton_version
+from .channel_group import ChannelGroups, channel_groups, shifted_codes
+from .channel_group_conv2d import channel_group_conv2d_ref, grouped_border_sums
+from .channel_group_dequantized import dequantized_channel_group_conv2d, dequantized_channel_group_gemm
+from .channel_group_gemm import channel_group_gemm_ref
 from .dequantized import (
     dequantized_conv2d,
     dequantized_fp8_conv2d,
     dequantized_fp8_gemm,
+    dequantized_geglu_gemm,
     dequantized_gemm,
+    dequantized_gemm_many,
     dequantized_upsample_conv2d,
 )
 from .fp8_conv2d import fp8_conv2d_ref
@@ -24,9 +30,13 @@ from .fp8_gemm import fp8_gemm_ref
 from .geglu_quantize import geglu_quantize_ref
 from .group_norm_silu_quantize import DynamicScale, group_norm_silu_quantize_ref
 from .int8_conv2d import border_sums, int8_conv2d_ref
+from .int8_geglu_gemm import int8_geglu_gemm_ref
 from .int8_gemm import int8_gemm_ref
+from .int8_gemm_many import LinearWeight, int8_gemm_many_ref
 from .int8_upsample_conv2d import PhaseWeight, int8_upsample_conv2d_ref, phase_weight
 from .layer_norm_quantize import layer_norm_quantize_ref
+from .log2_attention import int8_attention_ref, log2_attention_ref
+from .quantize_channel_group import quantize_channel_group_ref
 from .quantize_image import quantize_image_ref
 from .quantize_static import quantize_static_ref
 from .quantize_token import quantize_token_ref
@@ -35,11 +45,16 @@ from .static_scale import StaticScale
 __all__ = [
     "Backend",
     "BackendChoice",
+    "ChannelGroups",
     "DynamicScale",
+    "LinearWeight",
     "PhaseWeight",
     "QuantizedActivation",
     "StaticScale",
     "border_sums",
+    "channel_group_conv2d",
+    "channel_group_gemm",
+    "channel_groups",
     "choose_backend",
     "describe",
     "forget_choices",
@@ -47,34 +62,52 @@ __all__ = [
     "fp8_gemm",
     "geglu_quantize",
     "group_norm_silu_quantize",
+    "grouped_border_sums",
+    "int8_attention",
     "int8_conv2d",
+    "int8_geglu_gemm",
     "int8_gemm",
+    "int8_gemm_many",
     "int8_upsample_conv2d",
     "layer_norm_quantize",
+    "log2_attention",
     "phase_weight",
+    "quantize_channel_group",
     "quantize_image",
     "quantize_static",
     "quantize_token",
+    "shifted_codes",
 ]
 
 _REFERENCE: dict[str, Callable[..., Any]] = {
     "quantize_token": quantize_token_ref,
     "quantize_image": quantize_image_ref,
     "quantize_static": quantize_static_ref,
+    "quantize_channel_group": quantize_channel_group_ref,
     "layer_norm_quantize": layer_norm_quantize_ref,
     "group_norm_silu_quantize": group_norm_silu_quantize_ref,
     "geglu_quantize": geglu_quantize_ref,
     "int8_gemm": int8_gemm_ref,
+    "int8_gemm_many": int8_gemm_many_ref,
+    "int8_geglu_gemm": int8_geglu_gemm_ref,
     "int8_conv2d": int8_conv2d_ref,
     "int8_upsample_conv2d": int8_upsample_conv2d_ref,
+    "channel_group_gemm": channel_group_gemm_ref,
+    "channel_group_conv2d": channel_group_conv2d_ref,
+    "log2_attention": log2_attention_ref,
+    "int8_attention": int8_attention_ref,
     "fp8_gemm": fp8_gemm_ref,
     "fp8_conv2d": fp8_conv2d_ref,
 }
 _DEQUANTIZED = {
     **_REFERENCE,
     "int8_gemm": dequantized_gemm,
+    "int8_gemm_many": dequantized_gemm_many,
+    "int8_geglu_gemm": dequantized_geglu_gemm,
     "int8_conv2d": dequantized_conv2d,
     "int8_upsample_conv2d": dequantized_upsample_conv2d,
+    "channel_group_gemm": dequantized_channel_group_gemm,
+    "channel_group_conv2d": dequantized_channel_group_conv2d,
     "fp8_gemm": dequantized_fp8_gemm,
     "fp8_conv2d": dequantized_fp8_conv2d,
 }
@@ -108,6 +141,11 @@ def quantize_image(x: Tensor) -> QuantizedActivation:
 def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor | None, bucket: Tensor) -> QuantizedActivation:
     """The stored scale of each sample's timestep bucket, for x (M, K) or (B, C, H, W); see quantize_static_ref."""
     return _implementation("quantize_static", x.device)(x, scale, zero_point, bucket)
+
+
+def quantize_channel_group(x: Tensor, groups: ChannelGroups, static: StaticScale | None = None) -> QuantizedActivation:
+    """x (M, K) or (B, K, H, W) in channel groups, channels in stored order; see quantize_channel_group_ref."""
+    return _implementation("quantize_channel_group", x.device)(x, groups, static)
 
 
 def layer_norm_quantize(
@@ -156,6 +194,30 @@ def int8_gemm(
     return implementation(activation, qweight, weight_scale, weight_sum, bias, out_dtype, **extras)
 
 
+def int8_gemm_many(
+    activation: QuantizedActivation, weights: Sequence[Sequence[Tensor | None]], out_dtype: torch.dtype = torch.float16
+) -> list[Tensor]:
+    """Up to three Linear layers of one activation -> (M, N) out_dtype each, rows may lie apart; see int8_gemm_many_ref."""
+    return _implementation("int8_gemm_many", activation.codes.device)(activation, weights, out_dtype)
+
+
+def int8_geglu_gemm(
+    activation: QuantizedActivation,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+    *,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+) -> Tensor | QuantizedActivation:
+    """Linear layer and GEGLU on int8 codes -> (M, N) out_dtype, or codes, of a weight (2N, K); see int8_geglu_gemm_ref."""
+    implementation = _implementation("int8_geglu_gemm", activation.codes.device)
+    extras = {"out_scale": out_scale, "out_zero_point": out_zero_point}
+    return implementation(activation, qweight, weight_scale, weight_sum, bias, out_dtype, **extras)
+
+
 def int8_conv2d(
     activation: QuantizedActivation,
     qweight: Tensor,
@@ -187,6 +249,46 @@ def int8_upsample_conv2d(
 ) -> Tensor:
     """3x3 conv of the nearest-2x upsampled image -> (B, Cout, 2 H, 2 W) out_dtype; see int8_upsample_conv2d_ref."""
     return _implementation("int8_upsample_conv2d", activation.codes.device)(activation, weight, bias, out_dtype, addend=addend)
+
+
+def channel_group_gemm(
+    activation: QuantizedActivation,
+    groups: ChannelGroups,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """Linear layer on codes in channel groups -> (M, N) out_dtype; see channel_group_gemm_ref."""
+    implementation = _implementation("channel_group_gemm", activation.codes.device)
+    return implementation(activation, groups, qweight, weight_scale, weight_sum, bias, out_dtype)
+
+
+def channel_group_conv2d(
+    activation: QuantizedActivation,
+    groups: ChannelGroups,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    border_sums: Tensor | None = None,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 1,
+    out_dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """Conv2d on codes in channel groups -> (B, Cout, Ho, Wo) out_dtype, channels_last; see channel_group_conv2d_ref."""
+    implementation = _implementation("channel_group_conv2d", activation.codes.device)
+    return implementation(activation, groups, qweight, weight_scale, border_sums, bias, stride, padding, out_dtype)
+
+
+def log2_attention(q: Tensor, k: Tensor, v: Tensor, bits: int, start: Tensor | None = None) -> Tensor:
+    """Attention of (B, h, T, d) with DGQ's log2 map -> (B, h, Tq, d) in q's dtype; see log2_attention_ref."""
+    return _implementation("log2_attention", q.device)(q, k, v, bits, start)
+
+
+def int8_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of (B, h, T, d) with an int8 product of Q and K -> (B, h, Tq, d) in q's dtype; see int8_attention_ref."""
+    return _implementation("int8_attention", q.device)(q, k, v)
 
 
 def fp8_gemm(

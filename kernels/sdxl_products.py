@@ -5,7 +5,8 @@ Counted on the module graph of SDXL base; q, k and v of self-attention are one p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 BATCH = 2
 
@@ -16,6 +17,7 @@ class SdxlProduct:
 
     side: of the input, in pixels; 0 for a Linear. count: calls a step. bias, addend: "image" (time embedding) or "residual",
     asymmetric: the input may have a zero point (SiLU, GEGLU), epilogue of the role. cached: not computed in every step.
+    variant: another way to carry out a role that is listed too, and so not part of a step's total.
     """
 
     role: str
@@ -29,11 +31,12 @@ class SdxlProduct:
     asymmetric: bool = False
     side: int = 0
     cached: bool = False
+    variant: bool = False
 
     @property
     def operations(self) -> float:
         """Multiplications and additions of one call."""
-        taps = {"gemm": 1, "conv1x1": 1, "upsample2x": 16}.get(self.op, 9)
+        taps = {"gemm": 1, "geglu": 1, "conv1x1": 1, "upsample2x": 16}.get(self.op, 9)
         return 2.0 * self.M * self.N * sum(self.K) * taps
 
 
@@ -46,6 +49,7 @@ def _linears(M: int, C: int, blocks: int, transformers: int) -> list[SdxlProduct
         SdxlProduct("proj_in", "gemm", M, C, (C,), transformers),
         SdxlProduct("proj_out", "gemm", M, C, (C,), transformers, addend="residual"),
         SdxlProduct("ff1", "gemm", M, 8 * C, (C,), blocks),
+        SdxlProduct("ff1 with GEGLU", "geglu", M, 8 * C, (C,), blocks, variant=True),
         SdxlProduct("ff2", "gemm", M, C, (4 * C,), blocks, addend="residual", asymmetric=True),
         SdxlProduct("cross k,v", "gemm", 154, C, (2048,), 2 * blocks, bias=False, cached=True),
     ]
@@ -67,19 +71,30 @@ def _upsample(side: int, C: int) -> SdxlProduct:
     return SdxlProduct("upsample", "upsample2x", BATCH * side * side, C, (C,), 1, side=side)
 
 
+def _joined_or_not(*products: SdxlProduct) -> Iterator[SdxlProduct]:
+    """What reads a skip-concat: as hosts run it, on the joined tensor, and with its two parts as segments."""
+    for product in products:
+        yield replace(product, K=(sum(product.K),))
+        yield replace(product, variant=True)
+
+
 PRODUCTS: tuple[SdxlProduct, ...] = (
     *_linears(2048, 1280, 60, 6),
     *_linears(8192, 640, 10, 5),
     *(SdxlProduct("embedding", "gemm", BATCH, N, (1280,), count, cached=True) for N, count in ((1280, 7), (640, 5), (320, 5))),
     _shortcut(64, 640, (320,)), _shortcut(32, 1280, (640,)),
-    _shortcut(32, 1280, (1280, 1280), 2), _shortcut(32, 1280, (1280, 640)), _shortcut(64, 640, (1280, 640)),
-    _shortcut(64, 640, (640, 640)), _shortcut(64, 640, (640, 320)), _shortcut(128, 320, (640, 320)), _shortcut(128, 320, (320, 320), 2),
+    *_joined_or_not(
+        _shortcut(32, 1280, (1280, 1280), 2), _shortcut(32, 1280, (1280, 640)), _shortcut(64, 640, (1280, 640)),
+        _shortcut(64, 640, (640, 640)), _shortcut(64, 640, (640, 320)), _shortcut(128, 320, (640, 320)), _shortcut(128, 320, (320, 320), 2),
+    ),
     # The first convolution of a block adds the time embedding, the second the block's input.
     _conv(32, 1280, (1280,), 3), _conv(32, 1280, (1280,), 7, "residual"),
     _conv(64, 640, (640,), 1), _conv(64, 640, (640,), 5, "residual"),
     _conv(128, 320, (320,), 2), _conv(128, 320, (320,), 5, "residual"),
     _conv(64, 640, (320,), 1), _conv(32, 1280, (640,), 1),
-    _conv(32, 1280, (1280, 1280), 2), _conv(32, 1280, (1280, 640), 1), _conv(64, 640, (1280, 640), 1), _conv(64, 640, (640, 640), 1),
-    _conv(64, 640, (640, 320), 1), _conv(128, 320, (640, 320), 1), _conv(128, 320, (320, 320), 2),
+    *_joined_or_not(
+        _conv(32, 1280, (1280, 1280), 2), _conv(32, 1280, (1280, 640), 1), _conv(64, 640, (1280, 640), 1), _conv(64, 640, (640, 640), 1),
+        _conv(64, 640, (640, 320), 1), _conv(128, 320, (640, 320), 1), _conv(128, 320, (320, 320), 2),
+    ),
     _downsample(128, 320), _downsample(64, 640), _upsample(32, 1280), _upsample(64, 640),
 )  # fmt: skip

@@ -21,7 +21,7 @@ from .design import Design
 
 FORMAT = 1
 FOLDER = Path(__file__).parent / "tables"
-OPERATIONS = ("gemm", "conv1x1", "conv3x3", "conv3x3_stride2", "upsample2x")
+OPERATIONS = ("gemm", "geglu", "conv1x1", "conv3x3", "conv3x3_stride2", "upsample2x")
 DTYPES = ("int8", "fp8")
 # A row serves other batch sizes and resolutions down to half and up to double its M.
 MAX_LOG2_M = 1.0

@@ -44,6 +44,12 @@ def gemm_from_descriptors(
 ):  # fmt: skip
     """As gemm_from_pointers; the weight's K starts w_offset later. Beyond the codes' edges zeros are read."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    return add_from_descriptors(acc, codes, qweight, first_m, first_n, w_offset, k_first, k_last, ACC, BLOCK_K)
+
+
+@triton.jit
+def add_from_descriptors(acc, codes, qweight, first_m, first_n, w_offset, k_first, k_last, ACC: tl.constexpr, BLOCK_K: tl.constexpr):
+    """acc and the sums of gemm_from_descriptors."""
     for k in tl.range(k_first, k_last, BLOCK_K):
         a = codes.load([first_m, k])
         w = qweight.load([first_n, w_offset + k])

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .accumulate import conv_from_descriptors, conv_from_pointers, tile_position
-from .epilogue import finish_tile, halves, load_rows, subtract_border
+from .epilogue import finish_tile, in_parts, load_rows, subtract_border
 from .split_k import is_last_to_arrive, total
 
 # Sizes whose value or divisibility must not make another compiled kernel: SDXL's sides and scales come in several.
@@ -70,7 +70,7 @@ def _scaled(
     KERNEL: tl.constexpr,
 ):  # fmt: skip
     """scale[m] * (acc - zero_point[m] * border_sums[class(m), n]), fp32."""
-    entry = image // images_per_scale
+    entry = image.to(tl.int32) // images_per_scale
     if zero_point_ptr is not None:
         zero_point = load_rows(zero_point_ptr, entry, inside_m, 0)
         top, bottom = (h < 0).to(tl.int32), (h + (KERNEL - 1) >= H).to(tl.int32)
@@ -166,27 +166,16 @@ def _conv2d_tile(
                 codes_2, qweight, image, h, w, corner_h, corner_w, first_n, columns, inside_m, inside_n, H, W, N, C_2, C_all, C,
                 phase, 0, KERNEL, TMA, ACC, EVEN_C, UNROLL, 1, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-        if PARTS == 2:
-            left, right = halves(acc, BLOCK_M, BLOCK_N)
-            left_2, right_2 = None, None
-            if codes_2 is not None:
-                left_2, right_2 = halves(acc_2, BLOCK_M, BLOCK_N)
+        parts = in_parts(acc, PARTS, BLOCK_M, BLOCK_N)
+        parts_2 = parts
+        if codes_2 is not None:
+            parts_2 = in_parts(acc_2, PARTS, BLOCK_M, BLOCK_N)
+        for part in tl.static_range(PARTS):
             _finish(
-                left, left_2, image, h, w, first_row, y_rows, inside_m, first_n, phase, H, W, N, y_ptr,
+                parts[part], parts_2[part] if codes_2 is not None else None, image, h, w, first_row, y_rows, inside_m,
+                first_n + part * WIDTH, phase, H, W, N, y_ptr,
                 scale_ptr, zero_point_ptr, scale_2_ptr, zero_point_2_ptr, weight_scale_ptr, border_sums_ptr, bias_ptr, has_bias, addend_ptr,
                 out_scale_ptr, out_zero_point_ptr, images_per_scale, images_per_scale_2, rows_per_addend, rows_per_out_scale, KERNEL, WIDTH,
-            )  # fmt: skip
-            _finish(
-                right, right_2, image, h, w, first_row, y_rows, inside_m, first_n + WIDTH, phase, H, W, N, y_ptr,
-                scale_ptr, zero_point_ptr, scale_2_ptr, zero_point_2_ptr, weight_scale_ptr, border_sums_ptr, bias_ptr, has_bias, addend_ptr,
-                out_scale_ptr, out_zero_point_ptr, images_per_scale, images_per_scale_2, rows_per_addend, rows_per_out_scale, KERNEL, WIDTH,
-            )  # fmt: skip
-        else:
-            _finish(
-                acc, acc_2, image, h, w, first_row, y_rows, inside_m, first_n, phase, H, W, N, y_ptr,
-                scale_ptr, zero_point_ptr, scale_2_ptr, zero_point_2_ptr, weight_scale_ptr, border_sums_ptr, bias_ptr, has_bias, addend_ptr,
-                out_scale_ptr, out_zero_point_ptr, images_per_scale, images_per_scale_2, rows_per_addend, rows_per_out_scale,
-                KERNEL, BLOCK_N,
             )  # fmt: skip
 
 

@@ -16,6 +16,22 @@ def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def in_parts(tile, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tuple of 1, 2 or 4 runs of the tile's columns."""
+    if PARTS == 1:
+        parts = (tile,)
+    else:
+        left, right = halves(tile, BLOCK_M, BLOCK_N)
+        if PARTS == 2:
+            parts = (left, right)
+        else:
+            first, second = halves(left, BLOCK_M, BLOCK_N // 2)
+            third, fourth = halves(right, BLOCK_M, BLOCK_N // 2)
+            parts = (first, second, third, fourth)
+    return parts
+
+
+@triton.jit
 def load_rows(pointer, entry, inside_m, otherwise: tl.constexpr):
     """The entry of every row of the tile, (BLOCK_M,)."""
     return tl.load(pointer + entry, mask=inside_m, other=otherwise)
@@ -57,12 +73,24 @@ def finish_tile(
     y += tl.load(bias_ptr + columns, mask=columns < has_bias * N, other=0.0).to(tl.float32)[None, :]
     inside = inside_m[:, None] & inside_n[None, :]
     if addend_ptr is not None:
-        first = first_row // rows_per_addend
-        local = ((first_row + local_rows) // rows_per_addend - first).to(tl.int32)
-        addend_ptrs = addend_ptr + (first * N + first_n) + local[:, None] * N + local_n[None, :]
+        rows = first_row.to(tl.int32)  # there are fewer than 2^31
+        first = rows // rows_per_addend
+        local = (rows + local_rows) // rows_per_addend - first
+        addend_ptrs = addend_ptr + (first.to(tl.int64) * N + first_n) + local[:, None] * N + local_n[None, :]
         y += tl.load(addend_ptrs, mask=inside, other=0.0).to(tl.float32)
+    store_tile(
+        y, y_ptr, first_row, local_rows, first_n, local_n, inside_m, inside_n, N, out_scale_ptr, out_zero_point_ptr, rows_per_out_scale
+    )
+
+
+@triton.jit
+def store_tile(
+    y, y_ptr, first_row, local_rows, first_n, local_n, inside_m, inside_n, N, out_scale_ptr, out_zero_point_ptr, rows_per_out_scale
+):
+    """Store y as floats or, with an out_scale, as int8 codes. Arguments as of finish_tile."""
+    inside = inside_m[:, None] & inside_n[None, :]
     if out_scale_ptr is not None:
-        entry = (first_row + local_rows) // rows_per_out_scale
+        entry = (first_row.to(tl.int32) + local_rows) // rows_per_out_scale
         inverse = tl.div_rn(1.0, load_rows(out_scale_ptr, entry, inside_m, 1.0))
         codes = round_half_even(y * inverse[:, None])
         if out_zero_point_ptr is not None:

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .accumulate import gemm_from_descriptors, gemm_from_pointers, tile_position
-from .epilogue import finish_tile, halves, load_rows
+from .epilogue import finish_tile, in_parts, load_rows
 from .split_k import is_last_to_arrive, total
 
 # Sizes whose value or divisibility must not make another compiled kernel: none of them is a stride.
@@ -37,9 +37,9 @@ def _sums(
 
 
 @triton.jit
-def _scaled(acc, scale_ptr, zero_point_ptr, weight_sum_ptr, sum_offset, rows, rows_per_scale, columns, inside_m, inside_n):
+def scaled_sums(acc, scale_ptr, zero_point_ptr, weight_sum_ptr, sum_offset, rows, rows_per_scale, columns, inside_m, inside_n):
     """scale[m] * (acc - zero_point[m] * weight_sum[n]), fp32."""
-    entry = rows // rows_per_scale
+    entry = rows.to(tl.int32) // rows_per_scale  # there are fewer than 2^31 rows, and a 64 bit division takes four times as long
     if zero_point_ptr is not None:
         weight_sum = tl.load(weight_sum_ptr + sum_offset + columns, mask=inside_n, other=0)
         acc -= load_rows(zero_point_ptr, entry, inside_m, 0)[:, None] * weight_sum[None, :]
@@ -47,7 +47,7 @@ def _scaled(acc, scale_ptr, zero_point_ptr, weight_sum_ptr, sum_offset, rows, ro
 
 
 @triton.jit
-def _finish(
+def finish_columns(
     acc, acc_2, first_m, first_n, M, N, y_ptr,
     scale_ptr, zero_point_ptr, scale_2_ptr, zero_point_2_ptr, weight_scale_ptr, weight_sum_ptr,
     bias_ptr, has_bias, addend_ptr, out_scale_ptr, out_zero_point_ptr,
@@ -61,9 +61,9 @@ def _finish(
     inside_n = local_n < N - first_n
     rows = first_m + local_m
     columns = first_n + local_n
-    y = _scaled(acc, scale_ptr, zero_point_ptr, weight_sum_ptr, 0, rows, rows_per_scale, columns, inside_m, inside_n)
+    y = scaled_sums(acc, scale_ptr, zero_point_ptr, weight_sum_ptr, 0, rows, rows_per_scale, columns, inside_m, inside_n)
     if acc_2 is not None:
-        y += _scaled(acc_2, scale_2_ptr, zero_point_2_ptr, weight_sum_ptr, N, rows, rows_per_scale_2, columns, inside_m, inside_n)
+        y += scaled_sums(acc_2, scale_2_ptr, zero_point_2_ptr, weight_sum_ptr, N, rows, rows_per_scale_2, columns, inside_m, inside_n)
     finish_tile(
         y, y_ptr, first_m, local_m, first_n, local_n, inside_m, inside_n, N, 0,
         weight_scale_ptr, bias_ptr, has_bias, addend_ptr, rows_per_addend, out_scale_ptr, out_zero_point_ptr, rows_per_out_scale,
@@ -98,7 +98,7 @@ def _gemm_tile(
         if is_last_to_arrive(acc, partial_ptr, counter_ptr, tile, tiles, split, SPLIT_K, BLOCK_M, BLOCK_N):
             for part in tl.static_range(PARTS):
                 sums = total(partial_ptr, tile, tiles, part * WIDTH, ACC, SPLIT_K, BLOCK_M, BLOCK_N, WIDTH)
-                _finish(
+                finish_columns(
                     sums, None, first_m, first_n + part * WIDTH, M, N, y_ptr,
                     scale_ptr, zero_point_ptr, None, None, weight_scale_ptr, weight_sum_ptr, bias_ptr, has_bias, addend_ptr,
                     out_scale_ptr, out_zero_point_ptr, rows_per_scale, 1, rows_per_addend, rows_per_out_scale, BLOCK_M, WIDTH,
@@ -110,26 +110,15 @@ def _gemm_tile(
                 codes_2, qweight, first_m, first_n, local_m, local_n, inside_m, inside_n, K_2, K, 0, stride_am_2, stride_wn,
                 TMA, ACC, EVEN_K, UNROLL, 1, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-        if PARTS == 2:
-            left, right = halves(acc, BLOCK_M, BLOCK_N)
-            left_2, right_2 = None, None
-            if codes_2 is not None:
-                left_2, right_2 = halves(acc_2, BLOCK_M, BLOCK_N)
-            _finish(
-                left, left_2, first_m, first_n, M, N, y_ptr,
+        parts = in_parts(acc, PARTS, BLOCK_M, BLOCK_N)
+        parts_2 = parts
+        if codes_2 is not None:
+            parts_2 = in_parts(acc_2, PARTS, BLOCK_M, BLOCK_N)
+        for part in tl.static_range(PARTS):
+            finish_columns(
+                parts[part], parts_2[part] if codes_2 is not None else None, first_m, first_n + part * WIDTH, M, N, y_ptr,
                 scale_ptr, zero_point_ptr, scale_2_ptr, zero_point_2_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, has_bias, addend_ptr,
                 out_scale_ptr, out_zero_point_ptr, rows_per_scale, rows_per_scale_2, rows_per_addend, rows_per_out_scale, BLOCK_M, WIDTH,
-            )  # fmt: skip
-            _finish(
-                right, right_2, first_m, first_n + WIDTH, M, N, y_ptr,
-                scale_ptr, zero_point_ptr, scale_2_ptr, zero_point_2_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, has_bias, addend_ptr,
-                out_scale_ptr, out_zero_point_ptr, rows_per_scale, rows_per_scale_2, rows_per_addend, rows_per_out_scale, BLOCK_M, WIDTH,
-            )  # fmt: skip
-        else:
-            _finish(
-                acc, acc_2, first_m, first_n, M, N, y_ptr,
-                scale_ptr, zero_point_ptr, scale_2_ptr, zero_point_2_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, has_bias, addend_ptr,
-                out_scale_ptr, out_zero_point_ptr, rows_per_scale, rows_per_scale_2, rows_per_addend, rows_per_out_scale, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
 

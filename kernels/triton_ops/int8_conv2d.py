@@ -134,6 +134,9 @@ def launch_conv(
         a_block = [1, *box, design.BLOCK_K]
         codes, codes_2 = describe(codes, a_block), None if second is None else describe(codes_2, a_block)
         flat_weight = describe(flat_weight, [design.BLOCK_N, design.BLOCK_K])
+    constants = design_constants(design, dtype, sm, 1 if second is None else 2)
+    if activation.zero_point is not None and constants["PARTS"] == 2:
+        constants["PARTS"] = 4  # a border class's sums are as many values as a part has columns
     with on_device(y):
         _conv2d_kernel[program_grid(design, tiles, y.device)](
             codes, codes_2, flat_weight, y,
@@ -143,6 +146,6 @@ def launch_conv(
             activation.rows_per_scale // (H * W), 1 if second is None else second.rows_per_scale // (H * W),
             finish.rows_per(finish.addend, y.shape[0]), finish.rows_per(finish.out_scale, y.shape[0]),
             KERNEL=geometry.kernel, STRIDE=geometry.stride, PADDING=geometry.padding, PHASES=geometry.phases, BOX_H=box[0], BOX_W=box[1],
-            EVEN_C=divides_k(design, C, C_2), **design_constants(design, dtype, sm),
+            EVEN_C=divides_k(design, C, C_2), **constants,
         )  # fmt: skip
     return as_images(y if finish.out_scale is None else finish.activation(y, y.shape[0]), geometry.B, Ho, Wo)

@@ -24,6 +24,9 @@ DTYPE_NAME = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 MAX_SUMS_PER_THREAD = 64
 # With descriptors, whose loop needs few other registers, halves bring 64 sums below 128: two programs fit a multiprocessor.
 MAX_SUMS_WITH_DESCRIPTORS = 32
+# Of 65536: two programs of 8 warps run on a multiprocessor at a time, one's epilogue under the other's products. Left alone,
+# the compiler takes up to 160 for what 128 hold, and halves the speed of ff2 on an H100.
+REGISTERS_OF_TWO_PROGRAMS = 128
 PARTIAL_DTYPE = {torch.int8: torch.int32, torch.float8_e4m3fn: torch.float32}
 
 
@@ -86,14 +89,18 @@ def launch_gemm(
             *segment_scales(activation, second), weight_scale, weight_sum,
             *optional_bias(bias, y), finish.addend, finish.out_scale, finish.out_zero_point, partial, counter,
             M, N, K, K_2, *strides, *rows_per, finish.rows_per(finish.addend, M), finish.rows_per(finish.out_scale, M),
-            EVEN_K=divides_k(design, K, K_2), **design_constants(design, activation.codes.dtype, sm),
+            EVEN_K=divides_k(design, K, K_2), **design_constants(design, activation.codes.dtype, sm, 1 if second is None else 2),
         )  # fmt: skip
     return y if finish.out_scale is None else finish.activation(y, M)
 
 
-def epilogue_parts(design: Design) -> int:
+def epilogue_parts(design: Design, segments: int = 1) -> int:
     """Parts of a tile that are scaled and stored one after the other; a split tile's sums are read back in parts too."""
-    if design.sums_per_thread <= (MAX_SUMS_WITH_DESCRIPTORS if design.tma else MAX_SUMS_PER_THREAD):
+    if design.tma:
+        is_small = design.sums_per_thread * segments <= MAX_SUMS_WITH_DESCRIPTORS
+    else:
+        is_small = design.sums_per_thread <= MAX_SUMS_PER_THREAD
+    if is_small:
         return 1
     return 4 if design.split_k > 1 else 2
 
@@ -140,14 +147,20 @@ def program_grid(design: Design, tiles: int, device: torch.device) -> tuple[int,
     return (min(tiles, multiprocessors(device)) if design.persistent else tiles), design.split_k
 
 
-def design_constants(design: Design, dtype: torch.dtype, sm: int) -> dict[str, Any]:
+def register_limit(design: Design, sm: int, segments: int) -> dict[str, int]:
+    """Triton's option that keeps two programs on a Hopper multiprocessor, where their sums leave room for all else."""
+    fits = design.num_warps == 8 and design.sums_per_thread * segments <= MAX_SUMS_PER_THREAD
+    return {"maxnreg": REGISTERS_OF_TWO_PROGRAMS} if sm // 10 == 9 and design.tma and fits and not design.persistent else {}
+
+
+def design_constants(design: Design, dtype: torch.dtype, sm: int, segments: int = 1) -> dict[str, Any]:
     """The kernels' constants and launch options that follow from the design."""
-    return {
+    return register_limit(design, sm, segments) | {
         "TMA": design.tma,
         "ACC": ACC[dtype],
         "UNROLL": unroll_factor(sm),
         "SPLIT_K": design.split_k,
-        "PARTS": epilogue_parts(design),
+        "PARTS": epilogue_parts(design, segments),
         "PERSISTENT": design.persistent,
         "GROUP_M": design.group_m,
         "BLOCK_M": design.BLOCK_M,

@@ -13,6 +13,7 @@ from stepquant.kernels.activation import QuantizedActivation
 from stepquant.kernels.backend import Backend
 from stepquant.kernels.design import Design
 from stepquant.kernels.int8_conv2d import int8_conv2d_ref
+from stepquant.kernels.int8_geglu_gemm import int8_geglu_gemm_ref
 from stepquant.kernels.int8_gemm import int8_gemm_ref
 from stepquant.kernels.int8_upsample_conv2d import int8_upsample_conv2d_ref
 from stepquant.kernels.tables import forced_design
@@ -174,7 +175,12 @@ DESIGNS = [
     Design(128, 128, 128, 8, 3, split_k=2),
     Design(256, 128, 64, 8, 3),
     Design(64, 64, 64, 4, 4),
+    Design(128, 128, 128, 8, 3, tma=True),  # of 128 registers, so that two programs fit a multiprocessor
+    Design(64, 128, 128, 4, 3, tma=True),
+    Design(128, 128, 128, 16, 3, tma=True),
 ]
+# What the kernels without split-K and persistent programs are tried with; descriptors fall back to pointers before Hopper.
+PLAIN_DESIGNS = [design for design in DESIGNS if design.split_k == 1 and not design.persistent]
 
 
 def with_second(arguments: dict, C: int) -> dict:
@@ -249,3 +255,51 @@ def test_int8_upsample_conv2d_is_the_reference_on_sdxls_upsamplers():
         activation = QuantizedActivation(codes(2, side, side, C), torch.tensor([0.01, 0.02], device=DEVICE), None, side * side)
         expected = int8_upsample_conv2d_ref(activation, weight, out_dtype=torch.float32)
         assert relative_error(dispatch.int8_upsample_conv2d(activation, weight, out_dtype=torch.float32), expected) <= 1e-6
+
+
+def geglu_layer(M: int, C: int) -> dict:
+    """Arguments of ff1 with zero points; values and gates near 1."""
+    zero_point = torch.tensor([-20, 30], dtype=torch.int32, device=DEVICE)
+    qweight = codes(8 * C, C, seed=1)
+    return {
+        "activation": QuantizedActivation(codes(M, C), torch.tensor([0.7, 1.1], device=DEVICE), zero_point, M // 2),
+        "qweight": qweight,
+        "weight_scale": (torch.rand(8 * C, device=DEVICE) + 0.5) * 2e-4 / C**0.5,
+        "weight_sum": qweight.sum(1, dtype=torch.int32),
+        "bias": torch.randn(8 * C, device=DEVICE).half(),
+    }
+
+
+@pytest.mark.parametrize("design", PLAIN_DESIGNS, ids=lambda design: design.label)
+def test_int8_geglu_gemm_is_the_reference_on_sdxls_ff1(design):
+    for M, C in ((2048, 1280), (8192, 640)):
+        arguments = geglu_layer(M, C)
+        expected = int8_geglu_gemm_ref(**arguments, out_dtype=torch.float32)
+        with forced_design(design):
+            y = dispatch.int8_geglu_gemm(**arguments)
+            assert relative_error(y, expected) <= 5e-4
+            assert torch.equal(dispatch.int8_geglu_gemm(**arguments), y)
+            out_zero_point = torch.tensor([-90, -100], dtype=torch.int32, device=DEVICE)
+            finish = {"out_scale": torch.tensor([0.02, 0.03], device=DEVICE), "out_zero_point": out_zero_point}
+            found = dispatch.int8_geglu_gemm(**arguments, **finish).codes.int()
+        apart = (found - int8_geglu_gemm_ref(**arguments, **finish).codes.int()).abs()
+        assert apart.max() <= 1 and (apart > 0).float().mean() <= 1e-3
+
+
+@pytest.mark.parametrize("design", PLAIN_DESIGNS, ids=lambda design: design.label)
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "zero_point"])
+def test_int8_gemm_many_is_int8_gemm_of_each_weight_also_in_a_cuda_graph(asymmetric, design):
+    zero_point = torch.tensor([-20, 30], dtype=torch.int32, device=DEVICE) if asymmetric else None
+    activation = QuantizedActivation(codes(2048, 1280), torch.tensor([0.01, 0.02], device=DEVICE), zero_point, 1024)
+    qweights = [codes(1280, 1280, seed=seed) for seed in (1, 2, 3)]
+    weights = [(q, torch.rand(1280, device=DEVICE) * 1e-3, q.sum(1, dtype=torch.int32), None) for q in qweights]
+    with forced_design(design):
+        expected = [dispatch.int8_gemm(activation, *weight) for weight in weights]
+        found = dispatch.int8_gemm_many(activation, weights)
+        assert all(torch.equal(y, each) for y, each in zip(found, expected, strict=True))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = dispatch.int8_gemm_many(activation, weights)
+        for _ in range(3):
+            graph.replay()
+            assert all(torch.equal(y, each) for y, each in zip(found, expected, strict=True))

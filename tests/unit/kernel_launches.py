@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from stepquant.benchmarks.product_calls import call_arguments, launcher
+from stepquant.benchmarks.product_calls import call_arguments, launcher, only_int8
 from stepquant.kernels.sdxl_products import SdxlProduct
 from stepquant.kernels.triton_ops import (
     conv_kernel,
@@ -23,13 +23,14 @@ from stepquant.kernels.triton_ops import (
     fp8_gemm,
     gemm_kernel,
     int8_conv2d,
+    int8_geglu_gemm,
     int8_gemm,
     quantize_image,
     quantize_static,
     quantize_token,
 )
 
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 POINTER_NAMES = {
     torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
     torch.int32: "*i32",
@@ -54,13 +55,14 @@ class Launch:
         if "ACC" not in c:
             return f"{kernel} {launch}"
         absent = {name for name, value in self.constants if value is None}
-        flags = {"tma": c["TMA"], "persistent": c["PERSISTENT"], "ragged": not c.get("EVEN_K", c.get("EVEN_C"))}
+        flags = {"tma": c["TMA"], "persistent": c.get("PERSISTENT"), "ragged": not c.get("EVEN_K", c.get("EVEN_C"))}
         parts = [f"{kernel} {c['BLOCK_M']}x{c['BLOCK_N']}x{c['BLOCK_K']} {launch} s{o['num_stages']}"]
         parts += [name for name, flag in flags.items() if flag]
-        parts += [f"split{c['SPLIT_K']}"] if c["SPLIT_K"] > 1 else []
+        parts += [f"split{c['SPLIT_K']}"] if c.get("SPLIT_K", 1) > 1 else []
         parts += [f"{c['KERNEL']}x{c['KERNEL']}/{c['STRIDE']}"] if "KERNEL" in c else []
         names = {"codes_2": "concat", "zero_point_ptr": "zero_point", "addend_ptr": "addend", "out_scale_ptr": "codes"}
-        return " ".join(parts + [text for name, text in names.items() if name not in absent])
+        arguments = dict(self.signature)
+        return " ".join(parts + [text for name, text in names.items() if name in arguments and name not in absent])
 
 
 class Recorder:
@@ -105,11 +107,13 @@ def recording(sm: int) -> Iterator[list[Recorder]]:
     recorders = [
         Recorder(gemm_kernel._gemm_kernel, gemm_kernel.RUNTIME_ONLY),
         Recorder(conv_kernel._conv2d_kernel, conv_kernel.RUNTIME_ONLY),
+        Recorder(int8_geglu_gemm._geglu_gemm_kernel, int8_geglu_gemm.RUNTIME_ONLY),
     ]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(int8_gemm, "_gemm_kernel", recorders[0]))
         stack.enter_context(mock.patch.object(int8_conv2d, "_conv2d_kernel", recorders[1]))
-        for module in (int8_gemm, int8_conv2d, fp8_gemm, fp8_conv2d):
+        stack.enter_context(mock.patch.object(int8_geglu_gemm, "_geglu_gemm_kernel", recorders[2]))
+        for module in (int8_gemm, int8_geglu_gemm, int8_conv2d, fp8_gemm, fp8_conv2d):
             stack.enter_context(mock.patch.object(module, "compute_capability", lambda device: sm))
         yield recorders
 
@@ -118,11 +122,11 @@ def launches(products: list[SdxlProduct], sm: int, dtype: str = "int8", static: 
     """The distinct compiled kernels of these products, and who needs them. static: with zero points where they may occur."""
     needed: dict[Launch, list[SdxlProduct]] = {}
     for product in products:
-        if dtype == "fp8" and product.op == "upsample2x":
-            continue  # int8 there too
+        if dtype == "fp8" and only_int8(product):
+            continue
         with recording(sm) as recorders:
             launcher(product, dtype)(**call_arguments(product, dtype, "meta", static))
-        for launch in recorders[0].launches + recorders[1].launches:
+        for launch in [found for recorder in recorders for found in recorder.launches]:
             needed.setdefault(launch, []).append(product)
     return needed
 

@@ -1,0 +1,151 @@
+"""Kernel and launcher of int8_geglu_gemm: a tile's left half are values, its right half their gates. Formula: ../int8_geglu_gemm.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..activation import QuantizedActivation
+from ..design import Design, default_gemm_design
+from ..finish import Finish
+from ..int8_geglu_gemm import check_geglu_gemm
+from ..tables import Product, tuned_design
+from .accumulate import gemm_from_pointers, tile_position
+from .activations import gelu_erf
+from .epilogue import halves, in_parts, store_tile
+from .gemm_kernel import scaled_sums
+from .int8_gemm import design_constants, divides_k, fitting, k_contiguous, optional_bias
+from .launch import cdiv, compute_capability, describe, on_device
+
+# Sizes whose value or divisibility must not make another compiled kernel: none of them is a stride.
+RUNTIME_ONLY = ["M", "has_bias", "rows_per_scale", "rows_per_out_scale"]
+
+
+@triton.jit
+def _halved_sums(
+    codes, qweight, first_m, first_n, local_m, inside_m, M, N, K, stride_am, stride_wn,
+    TMA: tl.constexpr, ACC: tl.constexpr, EVEN_K: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, BLOCK_N) sums: BLOCK_N / 2 columns from first_n on, and as many from N + first_n on."""
+    HALF: tl.constexpr = BLOCK_N // 2
+    if TMA:
+        m, n = first_m.to(tl.int32), first_n.to(tl.int32)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        for k in tl.range(0, K, BLOCK_K):
+            a = codes.load([m, k])
+            w = qweight.load([0, n, k]).reshape(BLOCK_N, BLOCK_K)
+            acc = tl.dot(a, w.T, acc, out_dtype=ACC)
+    else:
+        local_n = tl.arange(0, BLOCK_N)
+        inside_n = local_n % HALF < N - first_n
+        acc = gemm_from_pointers(
+            codes + first_m * stride_am, qweight + first_n * stride_wn, local_m, local_n % HALF + local_n // HALF * N, inside_m, inside_n,
+            K, 0, K, stride_am, stride_wn, ACC, EVEN_K, UNROLL, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def _projected(
+    acc, scale_ptr, zero_point_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, bias_end, rows, rows_per_scale, columns, inside_m, inside_n
+):
+    """The Linear layer's result, fp32. bias_end: 2N, or 0 if there is no bias."""
+    y = scaled_sums(acc, scale_ptr, zero_point_ptr, weight_sum_ptr, 0, rows, rows_per_scale, columns, inside_m, inside_n)
+    y = y * tl.load(weight_scale_ptr + columns, mask=inside_n, other=0.0)[None, :]
+    return y + tl.load(bias_ptr + columns, mask=inside_n & (columns < bias_end), other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit(do_not_specialize=RUNTIME_ONLY)
+def _geglu_gemm_kernel(
+    codes, qweight, y_ptr,
+    scale_ptr, zero_point_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, has_bias, out_scale_ptr, out_zero_point_ptr,
+    M, N, K, stride_am, stride_wn, rows_per_scale, rows_per_out_scale,
+    TMA: tl.constexpr, ACC: tl.constexpr, EVEN_K: tl.constexpr, UNROLL: tl.constexpr, PARTS: tl.constexpr,
+    GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """codes and qweight are pointers, or descriptors if TMA, the weight's then of (2, N, K). N counts the values."""
+    HALF: tl.constexpr = BLOCK_N // 2
+    WIDTH: tl.constexpr = HALF // PARTS
+    tile_m, tile_n = tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, HALF), GROUP_M)
+    # 64 bit for the tile's corner only, as in gemm_kernel.py.
+    first_m = tile_m.to(tl.int64) * BLOCK_M
+    first_n = tile_n.to(tl.int64) * HALF
+    local_m = tl.arange(0, BLOCK_M)
+    inside_m = local_m < M - first_m
+    rows = first_m + local_m
+    acc = _halved_sums(
+        codes, qweight, first_m, first_n, local_m, inside_m, M, N, K, stride_am, stride_wn,
+        TMA, ACC, EVEN_K, UNROLL, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    values, gates = halves(acc, BLOCK_M, BLOCK_N)
+    value_parts = in_parts(values, PARTS, BLOCK_M, HALF)
+    gate_parts = in_parts(gates, PARTS, BLOCK_M, HALF)
+    local_n = tl.arange(0, WIDTH)
+    bias_end = has_bias * 2 * N
+    for part in tl.static_range(PARTS):
+        part_n = first_n + part * WIDTH
+        inside_n = local_n < N - part_n
+        columns = part_n + local_n
+        gate = _projected(
+            gate_parts[part], scale_ptr, zero_point_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, bias_end,
+            rows, rows_per_scale, N + columns, inside_m, inside_n,
+        )  # fmt: skip
+        y = gelu_erf(gate) * _projected(
+            value_parts[part], scale_ptr, zero_point_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, bias_end,
+            rows, rows_per_scale, columns, inside_m, inside_n,
+        )  # fmt: skip
+        store_tile(
+            y, y_ptr, first_m, local_m, part_n, local_n, inside_m, inside_n, N, out_scale_ptr, out_zero_point_ptr, rows_per_out_scale
+        )
+
+
+def int8_geglu_gemm(
+    activation: QuantizedActivation,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+    *,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+) -> Tensor | QuantizedActivation:
+    """See int8_geglu_gemm_ref: the integer sums are the same, GELU is within 3e-5 (gelu_erf), codes at most 1 apart."""
+    finish = Finish(None, out_scale, out_zero_point)
+    check_geglu_gemm(activation, qweight, weight_scale, weight_sum, bias, finish)
+    codes, halved = k_contiguous(activation.codes), k_contiguous(qweight).unflatten(0, (2, -1))
+    (M, K), N = codes.shape, halved.shape[1]
+    sm = compute_capability(codes.device)
+    design = fitting(geglu_design(M, 2 * N, K, sm), (codes, None, halved), sm)
+    y = torch.empty((M, N), dtype=out_dtype if out_scale is None else torch.int8, device=codes.device)
+    tiles = cdiv(M, design.BLOCK_M) * cdiv(N, design.BLOCK_N // 2)
+    strides = (codes.stride(0), halved.stride(1))
+    if design.tma:
+        codes = describe(codes, [design.BLOCK_M, design.BLOCK_K])
+        halved = describe(halved, [2, design.BLOCK_N // 2, design.BLOCK_K])
+    constants = design_constants(design, torch.int8, sm)
+    del constants["SPLIT_K"], constants["PERSISTENT"]
+    if constants["PARTS"] == 2 and (activation.zero_point is not None or out_scale is not None):
+        constants["PARTS"] = 4  # or 128 registers do not hold what these take beside the sums
+    with on_device(y):
+        _geglu_gemm_kernel[(tiles,)](
+            codes, halved, y,
+            activation.scale, activation.zero_point, weight_scale, weight_sum, *optional_bias(bias, y), out_scale, out_zero_point,
+            M, N, K, *strides, activation.rows_per_scale, finish.rows_per(out_scale, M),
+            EVEN_K=divides_k(design, K), **constants,
+        )  # fmt: skip
+    return y if out_scale is None else finish.activation(y, M)
+
+
+def geglu_design(M: int, N: int, K: int, sm: int) -> Design:
+    """The table's design for this product, or for the same one without GEGLU, or the default; neither split nor persistent.
+
+    N: rows of the weight, values and gates, of which a tile takes BLOCK_N. So its sums and operands cost as without GEGLU.
+    """
+    tuned = tuned_design(sm, Product("geglu", "int8", 1, M, N, K)) or tuned_design(sm, Product("gemm", "int8", 1, M, N, K))
+    return replace(tuned or default_gemm_design(sm, M, N), split_k=1, persistent=False)
