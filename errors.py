@@ -9,6 +9,10 @@ class SchemeError(StepQuantError):
     """A recipe or scheme that this version cannot run."""
 
 
+class PlanError(StepQuantError):
+    """A budget that no plan fits, or a plan's input that makes no sense."""
+
+
 class WeightError(StepQuantError):
     """A weight that must not be quantized as it is: NaN, infinite, wrong shape."""
 

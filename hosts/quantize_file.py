@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ..errors import SchemeError
 from ..quant.calibration import Calibration, describe
 from ..quant.file_format import QuantizedModel, write_model
 from ..quant.layers import find_layers
@@ -17,7 +18,7 @@ from .quantize_layer import check_calibrated, quantize_layer
 def quantize_file(
     source: str | Path,
     out: str | Path,
-    preset: str,
+    preset: str | Recipe,
     groups: int,
     calibration: Calibration | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -26,15 +27,20 @@ def quantize_file(
 
     Peak RAM is the quantized model plus one layer; other tensors are mapped from the source and copied on writing.
     Args:
+        preset: name of a preset, or a recipe for this model. groups: timestep groups of a preset.
         progress: called with (layers done, layers in all).
     Returns: what was written.
     Raises: FormatError if a file cannot be read or written; ModelError if the source is not SDXL or quantized already;
+        SchemeError if the recipe names layers that it has not;
         WeightError if a weight is NaN or infinite; CalibrationError if a static layer was not calibrated. Nothing is
         written then.
     """
     with open_checkpoint(source) as file:
         layers = find_layers(file.unet_shapes())
-        recipe = preset_recipe(preset, layers, groups)
+        recipe = preset if isinstance(preset, Recipe) else preset_recipe(preset, layers, groups)
+        unknown = next((name for name in recipe.schemes if name not in layers), None)
+        if unknown is not None:
+            raise SchemeError(f"{unknown}: in the recipe, but no quantizable layer of {source}. Make a plan for this model.")
         check_calibrated(recipe, calibration)
         model = _quantize(file, recipe, calibration, progress)
         model.base_model = {"name": Path(source).stem, "sha256": sha256_of(source)}
@@ -47,7 +53,7 @@ def _quantize(file: TensorFile, recipe: Recipe, calibration: Calibration | None,
     quantized = {}
     for done, (name, scheme) in enumerate(recipe.schemes.items(), 1):
         key = prefix + name
-        quantized[name] = quantize_layer(name, file[f"{key}.weight"], file.get(f"{key}.bias"), scheme, recipe.groups, calibration)
+        quantized[name] = quantize_layer(name, file[f"{key}.weight"], file.get(f"{key}.bias"), scheme, recipe.groups_of(name), calibration)
         if progress is not None:
             progress(done, len(recipe.schemes))
     taken = {f"{prefix}{name}.{part}" for name in quantized for part in ("weight", "bias")}

@@ -5,10 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..errors import CalibrationError
+from ..quant.activation_choice import choose_grouping
+from ..quant.activation_noise import group_importance
 from ..quant.calibration import Calibration, not_calibrated
+from ..quant.channel_group import grouped_statistics, weight_energy, within_int32
 from ..quant.file_format import QuantizedLayer
 from ..quant.recipe import Recipe
-from ..quant.scheme import ActivationMode, Scheme
+from ..quant.scheme import Scheme
 from ..quant.weight import check_weight, quantize_weight
 
 
@@ -18,26 +21,48 @@ def quantize_layer(
     """Codes, scales and activation tables of one layer, on the weight's device; bias keeps its dtype.
 
     Args:
-        calibration: may be None if the scheme is not static; check_calibrated says so in words.
-    Raises: WeightError if the weight or bias is NaN or infinite; CalibrationError if a static layer was not observed.
+        calibration: may be None if the scheme needs none; check_calibrated says so in words.
+    Raises: WeightError if the weight or bias is NaN or infinite; CalibrationError if the layer was not observed; SchemeError if
+        it has too few input channels for its groups.
     """
     quantized = quantize_weight(weight.detach(), name)
     if bias is not None:
         check_weight(bias, f"{name}.bias")
     layer = QuantizedLayer(quantized.codes, quantized.scale, None if bias is None else bias.detach())
-    if scheme.activation is ActivationMode.STATIC:
-        tables = calibration.tables(name, scheme, groups)
+    importance = None
+    if scheme.is_grouped:
+        calibration, importance = _group(name, weight, layer, scheme, groups, calibration)
+    if scheme.is_static:
+        tables = calibration.tables(name, scheme, groups, importance=importance)
         layer.act_scale = tables.scale.to(weight.device)
         layer.act_zero_point = None if tables.zero_point is None else tables.zero_point.to(weight.device)
     return layer
 
 
+def _group(
+    name: str, weight: Tensor, layer: QuantizedLayer, scheme: Scheme, groups: tuple[int, ...], calibration: Calibration
+) -> tuple[Calibration, Tensor]:
+    """Put the layer's codes into the order of its channel groups.
+
+    Returns: the layer's calibration in that order and in units of the shared base scale, and what an error counts there.
+    """
+    statistics = calibration.layers[name]
+    is_spatial = weight.ndim == 4 and weight.shape[-1] > 1
+    grouping = choose_grouping(name, statistics, weight, scheme, groups, is_spatial)
+    grouping = within_int32(grouping, layer.qweight[..., grouping.order.long().to(weight.device)], scheme.symmetric)
+    layer.channel_order = grouping.order.to(weight.device)
+    layer.channel_exponents = grouping.exponents.to(weight.device)
+    layer.qweight = layer.qweight[..., layer.channel_order.long()].contiguous()
+    importance = group_importance(grouping, weight_energy(weight).cpu())
+    return Calibration({name: grouped_statistics(statistics, grouping)}), importance
+
+
 def check_calibrated(recipe: Recipe, calibration: Calibration | None) -> None:
-    """Raise CalibrationError if a static layer of the recipe was not calibrated, before any work is done."""
+    """Raise CalibrationError if a layer that needs it was not calibrated, before any work is done."""
     if recipe.needs_calibration and calibration is None:
         raise CalibrationError(
             f"{recipe.preset}: there is no calibration, and it needs a calibration for its scales. Calibrate, or use w8a8-token."
         )
     for name, scheme in recipe.schemes.items():
-        if scheme.activation is ActivationMode.STATIC and name not in calibration.layers:
+        if scheme.needs_calibration and name not in calibration.layers:
             raise not_calibrated(name)

@@ -1,7 +1,8 @@
 """StepQuant's file: one safetensors file with codes, scales and a JSON header. Knows no engine.
 
 Keys: `model.diffusion_model.<layer>.qweight` int8 (N, K) or (Cout, kh, kw, Cin), `.weight_scale` fp32 (N,), `.bias`,
-`.act_scale` fp32 (64,) and `.act_zero_point` int32 (64,) of static layers. Stock loaders find no `weight` and refuse.
+`.act_scale` fp32 (64,) and `.act_zero_point` int32 (64,) of static layers, `.channel_order` int32 (K,) and `.channel_exponents`
+int8 (blocks,) of layers with channel groups, whose codes are stored in that order. Stock loaders find no `weight` and refuse.
 All other tensors keep their own names, text encoders and VAE of a whole checkpoint among them.
 """
 
@@ -17,25 +18,33 @@ from torch import Tensor
 
 from ..errors import FormatError
 from .atomic_file import save_tensors
+from .channel_group import stored_grouping
 from .layers import UNET_PREFIX
 from .recipe import Recipe
 from .safe_header import open_tensors
-from .scheme import ActivationMode
+from .scheme import Scheme
 from .timestep import NUM_BUCKETS
 
 HEADER_KEY = "stepquant"
 FORMAT_VERSION = 1
+OPTIONAL_PARTS = ("bias", "act_scale", "act_zero_point", "channel_order", "channel_exponents")
 
 
 @dataclass
 class QuantizedLayer:
-    """One layer as stored. act_scale and act_zero_point are None unless its activation mode is static."""
+    """One layer as stored. act_scale and act_zero_point are None unless its activation mode is static.
+
+    channel_order, channel_exponents: as in channel_group.ChannelGrouping, of layers with channel groups. Their qweight holds
+    the input channels in that order; None elsewhere.
+    """
 
     qweight: Tensor
     weight_scale: Tensor
     bias: Tensor | None = None
     act_scale: Tensor | None = None
     act_zero_point: Tensor | None = None
+    channel_order: Tensor | None = None
+    channel_exponents: Tensor | None = None
 
 
 @dataclass
@@ -102,7 +111,7 @@ def read_model(path: str | Path, device: torch.device | str = "cpu") -> Quantize
     layers = {}
     for name, scheme in header.recipe.schemes.items():
         layers[name] = _take_layer(unet, name, path)
-        _check_layer(layers[name], name, scheme.activation is ActivationMode.STATIC, scheme.symmetric, path)
+        _check_layer(layers[name], name, scheme, path)
     for key in unet:
         if key.endswith(".qweight"):
             raise FormatError(f"{path}: {key}: has no scheme in the file's recipe. Quantize the model again.")
@@ -128,14 +137,15 @@ def _take_layer(tensors: dict[str, Tensor], name: str, path: str | Path) -> Quan
         qweight, scale = tensors.pop(f"{name}.qweight"), tensors.pop(f"{name}.weight_scale")
     except KeyError as error:
         raise FormatError(f"{path}: {error.args[0]} is missing. The file is incomplete; download or make it again.") from None
-    optional = {part: tensors.pop(f"{name}.{part}", None) for part in ("bias", "act_scale", "act_zero_point")}
+    optional = {part: tensors.pop(f"{name}.{part}", None) for part in OPTIONAL_PARTS}
     return QuantizedLayer(qweight, scale, **optional)
 
 
-def _check_layer(layer: QuantizedLayer, name: str, static: bool, symmetric: bool, path: str | Path) -> None:
+def _check_layer(layer: QuantizedLayer, name: str, scheme: Scheme, path: str | Path) -> None:
     def fail(found: str) -> None:
         raise FormatError(f"{path}: {name}: {found}. The file is damaged; download or make it again.")
 
+    static = scheme.is_static
     channels = layer.qweight.shape[0] if layer.qweight.ndim else 0
     if layer.qweight.dtype is not torch.int8 or layer.qweight.ndim not in (2, 4):
         fail(f"qweight is {layer.qweight.dtype} of shape {tuple(layer.qweight.shape)}; int8 with 2 or 4 dimensions is needed")
@@ -145,8 +155,16 @@ def _check_layer(layer: QuantizedLayer, name: str, static: bool, symmetric: bool
         fail(f"bias must be {channels} finite numbers")
     if static and (layer.act_scale is None or tuple(layer.act_scale.shape) != (NUM_BUCKETS,) or not _is_positive(layer.act_scale)):
         fail(f"act_scale must be {NUM_BUCKETS} positive numbers")
-    if static and not symmetric and (layer.act_zero_point is None or tuple(layer.act_zero_point.shape) != (NUM_BUCKETS,)):
+    if static and not scheme.symmetric and (layer.act_zero_point is None or tuple(layer.act_zero_point.shape) != (NUM_BUCKETS,)):
         fail(f"act_zero_point must be {NUM_BUCKETS} whole numbers")
+    K = layer.qweight.shape[-1]
+    if scheme.is_grouped and not _is_grouping(layer, K, scheme.granularity):
+        fail(f"channel_order must be a permutation of {K} channels, channel_exponents must descend to 0 in blocks of {scheme.granularity}")
+
+
+def _is_grouping(layer: QuantizedLayer, K: int, granularity: int) -> bool:
+    order, exponents = layer.channel_order, layer.channel_exponents
+    return order is not None and exponents is not None and len(order) == K and stored_grouping(order, exponents, granularity) is not None
 
 
 def _is_positive(scale: Tensor) -> bool:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from ..errors import SchemeError
 from .layers import has_symmetric_input, needs_row_scales
+from .log2_attention import AttentionScheme, attention_schemes
 from .scheme import ActivationMode, Scheme
-from .timestep import NUM_BUCKETS, uniform_groups
+from .timestep import NUM_BUCKETS, ScaleCurve, uniform_groups
 
 PRESETS = ("w8a8-token", "w8a8-static")
 DEFAULT_GROUPS = 8  # best in ADP-DM's ablation (arXiv 2305.18723)
@@ -16,23 +17,40 @@ DEFAULT_GROUPS = 8  # best in ADP-DM's ablation (arXiv 2305.18723)
 
 @dataclass(frozen=True)
 class Recipe:
-    """A layer that is not in `schemes` stays 16 bit. groups: timestep group of each of the 64 buckets."""
+    """A layer that is not in `schemes` stays 16 bit. groups: timestep group of each of the 64 buckets.
+
+    layer_groups: of layers that have groups of their own. grouping: the method that made them (grouping.GroupingMethod).
+    curve_points: if not 0, static scales follow a curve of so many coefficients instead of groups.
+    attention: of attention layers (their names end in attn1 or attn2); the others are the engine's own.
+    """
 
     schemes: Mapping[str, Scheme]
     preset: str
     chosen_by: str
     groups: tuple[int, ...] = field(default_factory=lambda: uniform_groups(1))
+    layer_groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    grouping: str = "uniform"
+    curve_points: int = 0
+    attention: Mapping[str, AttentionScheme] = field(default_factory=dict)
 
     @property
     def needs_calibration(self) -> bool:
-        return any(scheme.activation is ActivationMode.STATIC for scheme in self.schemes.values())
+        return any(scheme.needs_calibration for scheme in self.schemes.values())
+
+    def groups_of(self, layer: str) -> tuple[int, ...] | ScaleCurve:
+        """What a layer's static scales follow: the groups of the 64 buckets, or a curve."""
+        return ScaleCurve(self.curve_points) if self.curve_points else self.layer_groups.get(layer, self.groups)
 
     def to_json(self) -> dict[str, object]:
         return {
             "preset": self.preset,
             "chosen_by": self.chosen_by,
             "groups": list(self.groups),
+            "grouping": self.grouping,
+            "curve_points": self.curve_points,
+            "layer_groups": {name: list(groups) for name, groups in self.layer_groups.items()},
             "schemes": {name: scheme.to_json() for name, scheme in self.schemes.items()},
+            "attention": {name: scheme.to_json() for name, scheme in self.attention.items()},
         }
 
     @classmethod
@@ -40,11 +58,21 @@ class Recipe:
         """Raises SchemeError naming `source` or the layer if a part is missing or unknown."""
         if not isinstance(data, dict) or not isinstance(data.get("schemes"), dict):
             raise SchemeError(f"{source}: the recipe is missing or damaged. Quantize the model again.")
-        groups = data.get("groups")
-        if not isinstance(groups, list) or len(groups) != NUM_BUCKETS or not all(isinstance(g, int) for g in groups):
-            raise SchemeError(f"{source}: the recipe's timestep groups are not {NUM_BUCKETS} whole numbers. Quantize the model again.")
+        groups = _checked_groups(data.get("groups"), source)
+        own, points = data.get("layer_groups", {}), data.get("curve_points", 0)
+        if not isinstance(own, dict) or type(points) is not int or not 0 <= points <= NUM_BUCKETS:
+            raise SchemeError(f"{source}: the recipe's timestep groups are damaged. Quantize the model again.")
+        layer_groups = {name: _checked_groups(one, f"{source}: {name}") for name, one in own.items()}
         schemes = {name: Scheme.from_json(scheme, name) for name, scheme in data["schemes"].items()}
-        return cls(schemes, str(data.get("preset")), str(data.get("chosen_by")), tuple(groups))
+        attention = attention_schemes(data.get("attention", {}), source)
+        texts = (str(data.get("preset")), str(data.get("chosen_by")))
+        return cls(schemes, *texts, groups, layer_groups, str(data.get("grouping", "uniform")), points, attention)
+
+
+def _checked_groups(groups: object, source: str) -> tuple[int, ...]:
+    if not isinstance(groups, list) or len(groups) != NUM_BUCKETS or not all(type(g) is int and 0 <= g < NUM_BUCKETS for g in groups):
+        raise SchemeError(f"{source}: the recipe's timestep groups are not {NUM_BUCKETS} whole numbers. Quantize the model again.")
+    return tuple(groups)
 
 
 def preset_recipe(preset: str, layers: Iterable[str], groups: int = DEFAULT_GROUPS) -> Recipe:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -32,6 +35,24 @@ def uniform_groups(groups: int) -> tuple[int, ...]:
     if not 1 <= groups <= NUM_BUCKETS:
         raise SchemeError(f"timestep groups: {groups}; 1 to {NUM_BUCKETS} are possible. Usual is 8.")
     return tuple(bucket * groups // NUM_BUCKETS for bucket in range(NUM_BUCKETS))
+
+
+@dataclass(frozen=True)
+class ScaleCurve:
+    """Takes the place of timestep groups: scales on a smooth curve over the buckets, fitted with `points` numbers a layer."""
+
+    points: int
+
+
+def spread_groups(visited: Sequence[int], group_of_visit: Sequence[int]) -> tuple[int, ...]:
+    """Timestep group of each of the 64 buckets, from those of the visited ones: an unvisited bucket joins the nearest, the lower of two.
+
+    Groups are numbered anew from 0 in the order of the buckets. `visited` ascends and holds one bucket at least.
+    """
+    positions = torch.tensor(list(visited))
+    nearest = (positions[None] - torch.arange(NUM_BUCKETS)[:, None]).abs().argmin(1).tolist()
+    number: dict[int, int] = {}
+    return tuple(number.setdefault(group_of_visit[visit], len(number)) for visit in nearest)
 
 
 def base_log_sigmas() -> Tensor:

@@ -51,7 +51,13 @@ def quantize_weight(weight: Tensor, layer: str) -> QuantizedWeight:
     return QuantizedWeight(codes.to(torch.int8).contiguous(), scale)
 
 
-def dequantize_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inverse of quantize_weight: (N, K), or (Cout, Cin, kh, kw) contiguous, in `dtype`."""
+def dequantize_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype, channel_order: Tensor | None = None) -> Tensor:
+    """Inverse of quantize_weight: (N, K), or (Cout, Cin, kh, kw) contiguous, in `dtype`.
+
+    Args:
+        channel_order: (K,) of codes whose input channels are in another order (channel_group.py); the result is in the model's.
+    """
+    if channel_order is not None:
+        codes = codes[..., channel_order.long().argsort()]
     weight = (codes.float() * scale.view(-1, *[1] * (codes.ndim - 1))).to(dtype)
     return weight.permute(0, 3, 1, 2).contiguous() if codes.ndim == 4 else weight

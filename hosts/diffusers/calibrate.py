@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 
 from torch import Tensor, nn
 
 from ...errors import CalibrationError
-from ...quant.calibration import Calibration
+from ...quant.calibration import Calibration, merge
+from ...quant.calibration_steps import CalibrationMode, StepChoice
 from ...quant.layers import LayerSpec, check_is_sdxl, find_layers
-from ...quant.observer import LayerObserver
+from ...quant.observer import LayerObserver, LayerStatistics
+from ...quant.sensitivity import LayerSensitivity
 from ..key_mapping import ldm_to_diffusers
+from ..sensitivity import SensitivityProbe
+from ..unfinished import RUNS_DONE, runs_done
 from .quantize import unet_shapes
 from .timestep_tap import TimestepTap
 from .trajectory import Progress, Sampling, sample_latents
 
 
+@dataclass
+class _Watch:
+    """The observers of one calibration, and which steps of the present run they look at."""
+
+    observers: dict[str, LayerObserver]
+    tap: TimestepTap
+    steps: StepChoice
+    buckets_by_step: list[int] = field(default_factory=list)
+
+    def statistics(self) -> dict[str, LayerStatistics]:
+        found = {name: observer.statistics() for name, observer in self.observers.items()}
+        return {name: statistics for name, statistics in found.items() if statistics is not None}
+
+
 def calibrate(
-    pipeline, prompts: Sequence[str], sampling: Sampling | None = None, batch_size: int = 2, progress: Progress | None = None
+    pipeline,
+    prompts: Sequence[str],
+    sampling: Sampling | None = None,
+    batch_size: int = 2,
+    progress: Progress | None = None,
+    mode: CalibrationMode | str = CalibrationMode.FULL,
+    start: Calibration | None = None,
+    on_cancel: Callable[[Calibration], None] | None = None,
 ) -> Calibration:
     """Sample the prompts and record what every quantizable layer of the UNet is given.
 
@@ -27,54 +53,110 @@ def calibrate(
         pipeline: an SDXL pipeline whose UNet is not quantized; left as it was, also after an error or a cancel.
         prompts: kinds of picture the quantized model will be asked for; 8 to 16 are usual.
         progress: called with (UNet calls done, UNet calls in all). Raising in it cancels.
-    Raises: ModelError if the UNet is not SDXL's or quantized already; CalibrationError if there are no prompts.
+        mode: which steps are looked at (calibration_steps.py).
+        start: an unfinished calibration with the same arguments, to go on from.
+        on_cancel: given what was seen, if the run is cancelled after the first batch; the cancelled batch is repeated later.
+    Raises: ModelError if the UNet is not SDXL's or quantized already; CalibrationError if there are no prompts, or
+        `start` is of other arguments.
     """
     if not prompts:
         raise CalibrationError("Calibrate: no prompts; at least one is needed. Usual is 8 to 16.")
-    sampling = sampling or Sampling()
+    sampling, mode = sampling or Sampling(), CalibrationMode(mode)
     shapes = unet_shapes(pipeline.unet)
     check_is_sdxl(shapes, "UNet")
-    with _observed(pipeline, find_layers(shapes)) as observers:
-        sample_latents(pipeline, prompts, sampling, batch_size, progress)
-        statistics = {name: observer.statistics() for name, observer in observers.items()}
-    seen = {name: statistic for name, statistic in statistics.items() if statistic is not None}
-    return Calibration(seen, _summary(pipeline, prompts, sampling))
+    summary = _summary(pipeline, prompts, sampling, mode)
+    batches = [list(prompts[first : first + batch_size]) for first in range(0, len(prompts), batch_size)]
+    done = runs_done(start, summary, len(batches))
+    with _observed(pipeline, find_layers(shapes), mode) as watch:
+
+        def calibration(finished: int) -> Calibration:
+            new = Calibration(watch.statistics(), {})
+            whole = new if start is None else merge(start, new)
+            return Calibration(whole.layers, summary | ({RUNS_DONE: finished} if finished < len(batches) else {}), whole.sensitivity)
+
+        try:
+            while done < len(batches):
+                shifted = _shifted(progress, done * sampling.steps, len(batches) * sampling.steps)
+                _run_batch(pipeline, batches[done], replace(sampling, seed=sampling.seed + done * batch_size), watch, shifted)
+                done += 1
+        except BaseException:
+            if on_cancel is not None and done:
+                on_cancel(calibration(done))
+            raise
+        return calibration(done)
+
+
+def measure_sensitivity(
+    pipeline, prompt: str, sampling: Sampling | None = None, probes: int = 3, progress: Progress | None = None
+) -> dict[str, LayerSensitivity]:
+    """How much of each layer's noise reaches the UNet's output, at so many places of the schedule.
+
+    Samples one picture without guidance, and repeats `probes` of its UNet calls once per layer.
+    """
+    unet = pipeline.unet
+    layers = find_layers(unet_shapes(unet))
+    modules = {name: unet.get_submodule(ldm_to_diffusers(name)) for name in layers}
+    tap = TimestepTap(unet)
+    tap.follow(pipeline.scheduler)
+    probe = SensitivityProbe(unet, modules, lambda: tap.buckets, probes)
+    probe.on_tick = progress
+    try:
+        with probe.attached():
+            sample_latents(pipeline, [prompt], replace(sampling or Sampling(), guidance=1.0), 1)
+    finally:
+        tap.remove()
+    return probe.sensitivity()
+
+
+def _run_batch(pipeline, prompts: list[str], sampling: Sampling, watch: _Watch, progress: Progress | None) -> None:
+    stop_after = watch.steps.begin_run({} if watch.steps.whole_runs else watch.statistics())
+    watch.buckets_by_step.clear()
+    sample_latents(pipeline, prompts, sampling, len(prompts), progress, stop_after)
+    watch.steps.end_run(list(watch.buckets_by_step))
+    if progress is not None:
+        progress(sampling.steps, sampling.steps)
 
 
 @contextmanager
-def _observed(pipeline, layers: dict[str, LayerSpec]) -> Iterator[dict[str, LayerObserver]]:
+def _observed(pipeline, layers: dict[str, LayerSpec], mode: CalibrationMode) -> Iterator[_Watch]:
     unet = pipeline.unet
     device = next(unet.parameters()).device
     tap = TimestepTap(unet)
     tap.follow(pipeline.scheduler)
-    observers = {name: LayerObserver(spec.in_channels, device) for name, spec in layers.items()}
-    handles = []
+    watch = _Watch({name: LayerObserver(spec.in_channels, device) for name, spec in layers.items()}, tap, StepChoice(mode))
+    handles = [unet.register_forward_pre_hook(lambda _unet, _args: watch.buckets_by_step.append(tap.buckets[0]))]
     try:
-        for name, observer in observers.items():
+        for name, observer in watch.observers.items():
             module = unet.get_submodule(ldm_to_diffusers(name))
-            handles.append(module.register_forward_pre_hook(_watch(observer, tap)))
-        yield observers
+            handles.append(module.register_forward_pre_hook(_observing_hook(observer, watch)))
+        yield watch
     finally:
         for handle in handles:
             handle.remove()
         tap.remove()
 
 
-def _watch(observer: LayerObserver, tap: TimestepTap):
+def _observing_hook(observer: LayerObserver, watch: _Watch):
     def before_layer(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        buckets = watch.tap.buckets
+        if not watch.steps.observes(buckets[0]):
+            return
         x = args[0]
         rows = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x.reshape(x.shape[0], -1, x.shape[-1])  # (B, rows, C)
-        observer.update(rows, tap.buckets)
+        observer.update(rows, buckets)
 
     return before_layer
 
 
-def _summary(pipeline, prompts: Sequence[str], sampling: Sampling) -> dict[str, object]:
+def _shifted(progress: Progress | None, offset: int, total: int) -> Progress | None:
+    return None if progress is None else lambda done, _total: progress(offset + done, total)
+
+
+def _summary(pipeline, prompts: Sequence[str], sampling: Sampling, mode: CalibrationMode) -> dict[str, object]:
     return {
         "engine": "diffusers",
         "prompts": list(prompts),
         "scheduler": type(pipeline.scheduler).__name__,
-        "steps": sampling.steps,
-        "guidance": sampling.guidance,
-        "seed": sampling.seed,
+        "mode": mode.value,
+        **asdict(sampling),
     }

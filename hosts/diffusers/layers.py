@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import ModelError
+from ...kernels import dispatch
+from ...kernels.dispatch import ChannelGroups
 from ...quant.file_format import QuantizedLayer
 from ...quant.mac_counter import MacCounter
 from ...quant.scheme import Scheme
@@ -32,8 +35,16 @@ class QuantizedModule(nn.Module):
         self.counter: MacCounter | None = None
         for part, tensor in vars(layer).items():
             self.register_buffer(part, tensor)
-        sums = None if layer.act_zero_point is None else compute.sums_of_codes(layer.qweight)
+        self._groups: ChannelGroups | None = None
+        sums = None if layer.act_zero_point is None else compute.sums_of_codes(layer.qweight, self.groups)
         self.register_buffer("weight_sums", sums, persistent=False)
+
+    @property
+    def groups(self) -> ChannelGroups | None:
+        """The kernels' tables of its channel groups, made at the first call on a device; None without groups."""
+        if self.channel_order is not None and (self._groups is None or self._groups.order.device != self.channel_order.device):
+            self._groups = dispatch.channel_groups(self.channel_order, self.channel_exponents, self.scheme.granularity)
+        return self._groups
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
         exact = {key: getattr(self, key) for key in _FP32_BUFFERS}
@@ -46,7 +57,7 @@ class QuantizedModule(nn.Module):
 
     def stored(self) -> QuantizedLayer:
         """The layer as a file holds it; tensors are shared, not copied."""
-        return QuantizedLayer(self.qweight, self.weight_scale, self.bias, self.act_scale, self.act_zero_point)
+        return QuantizedLayer(**{part.name: getattr(self, part.name) for part in fields(QuantizedLayer)})
 
     def _tensors(self) -> compute.LayerTensors:
         return compute.LayerTensors(
@@ -59,6 +70,7 @@ class QuantizedModule(nn.Module):
             act_scale=self.act_scale,
             act_zero_point=self.act_zero_point,
             counter=self.counter,
+            groups=self.groups,
         )
 
     def _bucket(self) -> Tensor:

@@ -16,6 +16,7 @@ from ...quant.scheme import Scheme
 from ...quant.weight import check_weight
 from ..key_mapping import UnknownUNetKey, diffusers_to_ldm, ldm_to_diffusers
 from ..quantize_layer import check_calibrated, quantize_layer
+from .attention import check_attention, set_attention
 from .layers import QuantizedConv2d, QuantizedLinear, QuantizedModule
 from .timestep_tap import TimestepTap
 
@@ -48,8 +49,9 @@ def quantize_unet(unet: nn.Module, recipe: Recipe, calibration: Calibration | No
     for name, scheme in recipe.schemes.items():
         path = ldm_to_diffusers(name)
         original = unet.get_submodule(path)
-        layer = quantize_layer(name, original.weight, original.bias, scheme, recipe.groups, calibration)
+        layer = quantize_layer(name, original.weight, original.bias, scheme, recipe.groups_of(name), calibration)
         replace_layer(unet, path, build_layer(name, scheme, layer, original, state.tap))
+    set_attention(unet, recipe.attention)
     setattr(unet, STATE_ATTRIBUTE, state)
     return unet
 
@@ -75,6 +77,7 @@ def check_quantizable(unet: nn.Module, recipe: Recipe, calibration: Calibration 
         if name not in layers:
             raise SchemeError(f"{name}: in the recipe, but no quantizable layer of this UNet. Make the recipe for this model.")
         check_weight(unet.get_submodule(ldm_to_diffusers(name)).weight, name)
+    check_attention(unet, recipe.attention)
     check_calibrated(recipe, calibration)
 
 

@@ -68,13 +68,24 @@ def record_trajectory(
     return trajectory
 
 
-def sample_latents(pipeline, prompts: Sequence[str], sampling: Sampling, batch_size: int = 4, progress: Progress | None = None) -> Tensor:
-    """Final latents of each prompt, (P, 4, h, w) on the CPU; prompt i starts from the noise of seed + i, in any batch."""
+def sample_latents(
+    pipeline,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    batch_size: int = 4,
+    progress: Progress | None = None,
+    stop_after: int | None = None,
+) -> Tensor:
+    """Final latents of each prompt, (P, 4, h, w) on the CPU; prompt i starts from the noise of seed + i, in any batch.
+
+    Args:
+        stop_after: steps after which a batch is left unfinished; None for all.
+    """
     firsts = range(0, len(prompts), batch_size)
     latents = []
     for index, first in enumerate(firsts):
         shifted = _shift(progress, index * sampling.steps, len(firsts) * sampling.steps)
-        latents.append(_sample_batch(pipeline, prompts[first : first + batch_size], sampling, first, shifted))
+        latents.append(_sample_batch(pipeline, prompts[first : first + batch_size], sampling, first, shifted, stop_after))
     return torch.cat(latents)
 
 
@@ -116,13 +127,17 @@ def unet_in_place(pipeline, unet: nn.Module) -> Iterator[None]:
         pipeline.unet = original
 
 
-def _sample_batch(pipeline, prompts: Sequence[str], sampling: Sampling, first: int, progress: Progress | None) -> Tensor:
+def _sample_batch(
+    pipeline, prompts: Sequence[str], sampling: Sampling, first: int, progress: Progress | None, stop_after: int | None
+) -> Tensor:
     # Noise is drawn on the CPU, so that a seed means the same picture on every device.
     generators = [torch.Generator("cpu").manual_seed(sampling.seed + first + index) for index in range(len(prompts))]
 
     def after_step(pipe, step: int, timestep, tensors: dict) -> dict:
         if progress is not None:
             progress(step + 1, sampling.steps)
+        if stop_after is not None and step + 1 >= stop_after:
+            pipe._interrupt = True  # diffusers' own way to stop; the pipeline clears it when it is called
         return tensors
 
     pipeline.set_progress_bar_config(disable=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from ...errors import FormatError
 from ...quant.file_format import QuantizedLayer, QuantizedModel, read_model, write_model
 from ...version import VERSION
 from ..key_mapping import diffusers_to_ldm, ldm_to_diffusers
+from .attention import check_attention, set_attention
 from .quantize import STATE_ATTRIBUTE, UNetState, build_layer, quantized_layers, replace_layer, state_of
 from .timestep_tap import TimestepTap
 
@@ -52,14 +54,16 @@ def install_model(unet: nn.Module, model: QuantizedModel, dtype: torch.dtype, so
     device = next(unet.parameters()).device
     device = torch.device("cpu") if device.type == "meta" else device
     _check_fits(unet, model, source)
+    check_attention(unet, model.recipe.attention)
     tap = TimestepTap(unet)
     for name, scheme in model.recipe.schemes.items():
         path, stored = ldm_to_diffusers(name), model.layers[name]
         bias = None if stored.bias is None else stored.bias.to(dtype)
-        layer = QuantizedLayer(stored.qweight, stored.weight_scale, bias, stored.act_scale, stored.act_zero_point)
+        layer = replace(stored, bias=bias)
         replace_layer(unet, path, build_layer(name, scheme, layer, unet.get_submodule(path), tap).to(device))
     rest = {ldm_to_diffusers(name): tensor.to(device, dtype) for name, tensor in model.rest.items()}
     unet.load_state_dict(rest, strict=False, assign=True)
+    set_attention(unet, model.recipe.attention)
     setattr(unet, STATE_ATTRIBUTE, UNetState(tap, model.recipe, model.base_model, model.calibration))
     return unet
 
@@ -90,4 +94,4 @@ def narrow(tensor: Tensor) -> Tensor:
 
 def _narrow_bias(layer: QuantizedLayer) -> QuantizedLayer:
     bias = None if layer.bias is None else narrow(layer.bias)
-    return QuantizedLayer(layer.qweight, layer.weight_scale, bias, layer.act_scale, layer.act_zero_point)
+    return replace(layer, bias=bias)

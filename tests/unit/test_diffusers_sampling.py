@@ -54,6 +54,33 @@ def test_calibrate_leaves_nothing_behind_when_cancelled(pipeline, error):
     assert not hooks_of(pipeline.unet)
 
 
+def test_calibrate_of_the_noisiest_step_stops_there(pipeline):
+    calls = []
+    calibration = calibrate(pipeline, PROMPTS[:1], QUICK, progress=lambda done, total: calls.append((done, total)), mode="noisiest")
+    assert {tuple(statistics.buckets.tolist()) for statistics in calibration.layers.values()} == {(32,)}
+    assert calls[-1] == (2, 2) and calibration.summary["mode"] == "noisiest"
+
+
+def test_calibrate_goes_on_where_it_was_cancelled(pipeline):
+    kept = []
+
+    def cancel(done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(pipeline, PROMPTS, QUICK, batch_size=1, progress=cancel, on_cancel=kept.append)
+    assert kept[0].summary["runs_done"] == 1
+    resumed = calibrate(pipeline, PROMPTS, QUICK, batch_size=1, start=kept[0])
+    whole = calibrate(pipeline, PROMPTS, QUICK, batch_size=1)
+    assert resumed.summary == whole.summary
+    name = "middle_block.0.in_layers.2"
+    # The cancelled batch had seen a step already, and is sampled anew.
+    assert torch.equal(resumed.layers[name].range_max, whole.layers[name].range_max)
+    with pytest.raises(CalibrationError, match="has seed 3, now it is 4"):
+        calibrate(pipeline, PROMPTS, Sampling(2, 4.0, 4), batch_size=1, start=kept[0])
+
+
 def test_calibrate_refuses_no_prompts_and_quantized_models(pipeline):
     with pytest.raises(CalibrationError, match="no prompts"):
         calibrate(pipeline, [])

@@ -1,0 +1,154 @@
+"""What each scheme costs one layer: noise that reaches the UNet's output, over the schedule, and bytes. Chooses nothing (see plan.py).
+
+Noise of a layer's output, relative to that output: of the activation, from the recorded rows as the scheme's codes hold them;
+of the weight, from its codes, on the same rows. A convolution's taps count as independent, which rounding errors are.
+What of it reaches the UNet's output was measured (sensitivity.py). Weight and activation noise add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .activation_choice import choose_grouping
+from .activation_noise import simulated_rows
+from .channel_group import weight_energy
+from .layers import LayerSpec, has_symmetric_input, needs_row_scales
+from .observer import LayerStatistics
+from .scheme import ActivationMode, ComputeType, Scheme
+from .sensitivity import LayerSensitivity
+from .timestep import NUM_BUCKETS, ScaleCurve
+from .weight import dequantize_weight, quantize_weight
+
+FP16 = "fp16"
+WEIGHT_ONLY = "w8a16"
+TOKEN, STATIC, CHANNEL_GROUP = (mode.value for mode in (ActivationMode.TOKEN, ActivationMode.STATIC, ActivationMode.CHANNEL_GROUP))
+
+# Time per multiply-add against fp16: the order matters to a plan, not the figures. int8 products have twice fp16's rate on every
+# card that has them; a dynamic scale is one more pass over the input, channel groups shift inside the product.
+TIME_PER_MAC = {FP16: 1.0, WEIGHT_ONLY: 1.05, STATIC: 0.5, TOKEN: 0.55, CHANNEL_GROUP: 0.6}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One scheme for one layer; None keeps the layer 16 bit.
+
+    local_noise: (V,) float64, energy relative to the layer's own output, per visited bucket. noise: (V,) float64, what of it
+    reaches the UNet's output, relative to that output. stored_bytes: in a file and in memory.
+    """
+
+    label: str
+    scheme: Scheme | None
+    local_noise: Tensor
+    noise: Tensor
+    stored_bytes: int
+
+    @property
+    def is_integer(self) -> bool:
+        return self.label not in (FP16, WEIGHT_ONLY)
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """buckets: (V,) int64, visited. macs: multiply-adds during the calibration, to weigh layers against each other."""
+
+    name: str
+    buckets: Tensor
+    macs: float
+    options: tuple[Option, ...]
+    dequantized_bytes: int
+
+    def find(self, label: str) -> Option | None:
+        return next((option for option in self.options if option.label == label), None)
+
+
+def candidate_schemes(spec: LayerSpec, channel_groups: int = 1, granularity: int = 64) -> dict[str, Scheme | None]:
+    """The schemes a plan may choose from for one layer, by label.
+
+    Args: channel_groups: more than 1 adds channel groups where the layer has channels enough.
+    """
+    found: dict[str, Scheme | None] = {TOKEN: Scheme()}
+    if not needs_row_scales(spec.name):
+        symmetric = has_symmetric_input(spec.name)
+        found[STATIC] = Scheme(activation=ActivationMode.STATIC, symmetric=symmetric)
+        groups = min(channel_groups, spec.in_channels // granularity)
+        if groups > 1:
+            found[CHANNEL_GROUP] = Scheme(
+                activation=ActivationMode.CHANNEL_GROUP, symmetric=symmetric, channel_groups=groups, granularity=granularity
+            )
+    return {**found, WEIGHT_ONLY: Scheme(activation=ActivationMode.FP16, compute=ComputeType.FP16), FP16: None}
+
+
+def layer_options(
+    spec: LayerSpec,
+    weight: Tensor,
+    statistics: LayerStatistics,
+    sensitivity: LayerSensitivity,
+    groups: tuple[int, ...] | ScaleCurve,
+    schemes: Mapping[str, Scheme | None],
+) -> LayerOptions:
+    """Noise and bytes of every scheme.
+
+    Args:
+        weight: (N, K) or (Cout, Cin, kh, kw), any float dtype and device; left unchanged.
+        groups: of static scales, as Recipe.groups_of gives them.
+    Raises: WeightError if the weight is not finite.
+    """
+    weight = weight.detach().float()
+    matrix = _as_matrix(weight)
+    codes = quantize_weight(weight, spec.name)
+    weight_error = _as_matrix(dequantize_weight(codes.codes, codes.scale, torch.float32)) - matrix
+    rows = statistics.rows.float().to(weight.device)
+    gain, ratio = sensitivity.at(statistics.buckets)
+
+    def per_bucket(noise_rows: Tensor) -> Tensor:
+        """(R,) noise energy of each row's output -> (V,) relative to the output's energy."""
+        return _bucket_means(statistics, noise_rows.double().cpu(), rows.square().sum(1).double().cpu()) / ratio
+
+    weight_noise = per_bucket((rows @ weight_error).square().sum(1))
+    is_conv = spec.is_conv and spec.shape[-1] > 1
+    options = []
+    for label, scheme in schemes.items():
+        local = torch.zeros_like(gain)
+        if scheme is not None:
+            local = weight_noise
+        if scheme is not None and scheme.activation is not ActivationMode.FP16:
+            grouping = choose_grouping(spec.name, statistics, weight, scheme, groups, is_conv) if scheme.is_grouped else None
+            energy = weight_energy(weight).cpu() if scheme.is_grouped else None
+            noisy = simulated_rows(statistics, scheme, groups, is_conv=is_conv, grouping=grouping, energy=energy).to(weight.device)
+            local = weight_noise + per_bucket(((noisy - rows) @ matrix).square().sum(1))
+        options.append(Option(label, scheme, local, local * gain, stored_bytes(spec, scheme)))
+    return LayerOptions(spec.name, statistics.buckets, _macs(spec, statistics), tuple(options), 2 * math.prod(spec.shape))
+
+
+def stored_bytes(spec: LayerSpec, scheme: Scheme | None) -> int:
+    """Bytes of a layer's weight, scales and tables; its bias is 16 bit in every scheme and not counted."""
+    count = math.prod(spec.shape)
+    if scheme is None:
+        return 2 * count
+    tables = NUM_BUCKETS * (4 if scheme.symmetric else 8) if scheme.is_static else 0
+    order = 4 * spec.in_channels + spec.in_channels // scheme.granularity if scheme.is_grouped else 0
+    return count * scheme.weight_bits // 8 + 4 * spec.shape[0] + tables + order
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    """(N, K) or (Cout, Cin, kh, kw) -> (K, N * taps)."""
+    return weight.transpose(0, 1).flatten(1)
+
+
+def _bucket_means(statistics: LayerStatistics, noise: Tensor, energy: Tensor) -> Tensor:
+    """(V,): noise over energy of each visited bucket's rows; a bucket without rows takes the mean of all."""
+    slot = torch.searchsorted(statistics.buckets, statistics.row_bucket)
+    sums = [torch.zeros(len(statistics.buckets), dtype=torch.float64).index_add_(0, slot, part) for part in (noise, energy)]
+    overall = noise.sum() / energy.sum().clamp_min(1e-30)
+    return torch.where(sums[1] > 0, sums[0] / sums[1].clamp_min(1e-30), overall)
+
+
+def _macs(spec: LayerSpec, statistics: LayerStatistics) -> float:
+    # Inputs are counted; SDXL's only strided layers are its downsamplers, which make a quarter as many outputs.
+    outputs = float(statistics.count.sum()) / (4 if spec.name.endswith(".op") else 1)
+    return outputs * math.prod(spec.shape)
