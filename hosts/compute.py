@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import SchemeError
 from ..kernels import dispatch
+from ..kernels.dispatch import ChannelGroups, StaticScale
 from ..quant.mac_counter import MacCounter
 from ..quant.scheme import ActivationMode, ComputeType, Scheme
 from ..quant.weight import dequantize_weight
@@ -21,7 +23,7 @@ class LayerTensors:
     qweight: int8 (N, K), or (Cout, kh, kw, Cin). weight_scale: fp32 (N,). bias: (N,) any float dtype, or None.
     weight_sums: from sums_of_codes, or None if the activation is symmetric.
     act_scale: fp32 (64,), act_zero_point: int32 (64,), of static layers; None otherwise.
-    counter: if set, told of every call.
+    counter: if set, told of every call. groups: of layers with channel groups, whose qweight is in their order; else None.
     """
 
     name: str
@@ -33,24 +35,35 @@ class LayerTensors:
     act_scale: Tensor | None = None
     act_zero_point: Tensor | None = None
     counter: MacCounter | None = None
+    groups: ChannelGroups | None = None
+
+    def __post_init__(self) -> None:
+        if self.scheme.is_grouped and self.groups is None:
+            raise SchemeError(f"{self.name}: its codes are in channel groups, and the host passes none. Load the file with another host.")
 
     @property
     def is_static(self) -> bool:
-        return self.scheme.activation is ActivationMode.STATIC and self.act_scale is not None
+        return self.scheme.is_static and self.act_scale is not None
 
     @property
     def keeps_float_input(self) -> bool:
         return self.scheme.activation is ActivationMode.FP16 or self.scheme.compute is ComputeType.FP16
 
+    @property
+    def channel_order(self) -> Tensor | None:
+        return None if self.groups is None else self.groups.order
 
-def sums_of_codes(qweight: Tensor) -> Tensor:
+
+def sums_of_codes(qweight: Tensor, groups: ChannelGroups | None = None) -> Tensor:
     """What a zero point is multiplied with: computed once per weight, not per call.
 
+    Args: groups: of a layer with channel groups; codes then count times their group's 2^exponent.
     Returns: int32 (N,) for Linear and 1x1; (16, Cout) for 3x3, one row per border class (kernels/int8_conv2d.py).
     """
     if qweight.ndim == 4 and qweight.shape[1:3] != (1, 1):
-        return dispatch.border_sums(qweight)
-    return qweight.flatten(1).sum(1, dtype=torch.int32)
+        return dispatch.border_sums(qweight) if groups is None else dispatch.grouped_border_sums(qweight, groups)
+    codes = qweight if groups is None else dispatch.shifted_codes(qweight, groups)
+    return codes.flatten(1).sum(1, dtype=torch.int32)
 
 
 def linear(x: Tensor, layer: LayerTensors, bucket: Tensor) -> Tensor:
@@ -81,8 +94,12 @@ def conv2d(x: Tensor, layer: LayerTensors, bucket: Tensor, stride: int, padding:
     if kernel == 1 and padding == 0:
         return _conv1x1(x[:, :, ::stride, ::stride], layer, bucket)
     if layer.keeps_float_input:
-        weight = dequantize_weight(layer.qweight, layer.weight_scale, x.dtype)
+        weight = dequantize_weight(layer.qweight, layer.weight_scale, x.dtype, layer.channel_order)
         y = F.conv2d(x, weight, _bias_as(layer, x.dtype), stride, padding)
+    elif layer.groups is not None:
+        activation = dispatch.quantize_channel_group(x, layer.groups, _static_scale(layer, bucket, x.shape[0]))
+        operands = (activation, layer.groups, layer.qweight, layer.weight_scale, layer.weight_sums, layer.bias)
+        y = dispatch.channel_group_conv2d(*operands, stride, padding, out_dtype=x.dtype)
     else:
         activation = (
             dispatch.quantize_static(x, layer.act_scale, layer.act_zero_point, bucket)
@@ -107,8 +124,12 @@ def _linear_rows(rows: Tensor, layer: LayerTensors, bucket: Tensor | None) -> Te
     """(M, K) -> (M, N). bucket None: no entry fits the rows."""
     qweight = layer.qweight.flatten(1)  # (N, K): a 1x1 conv's codes too
     if layer.keeps_float_input:
-        weight = dequantize_weight(qweight, layer.weight_scale, rows.dtype)
+        weight = dequantize_weight(qweight, layer.weight_scale, rows.dtype, layer.channel_order)
         y = F.linear(rows, weight, _bias_as(layer, rows.dtype))
+    elif layer.groups is not None:
+        activation = dispatch.quantize_channel_group(rows, layer.groups, _static_scale(layer, bucket, rows.shape[0]))
+        operands = (activation, layer.groups, qweight, layer.weight_scale, layer.weight_sums, layer.bias)
+        y = dispatch.channel_group_gemm(*operands, out_dtype=rows.dtype)
     else:
         by_bucket = layer.is_static and bucket is not None and rows.shape[0] % bucket.numel() == 0
         activation = (
@@ -117,6 +138,13 @@ def _linear_rows(rows: Tensor, layer: LayerTensors, bucket: Tensor | None) -> Te
         y = dispatch.int8_gemm(activation, qweight, layer.weight_scale, layer.weight_sums, layer.bias, out_dtype=rows.dtype)
     _count(layer, rows.shape[0] * qweight.numel(), rows.device)
     return y
+
+
+def _static_scale(layer: LayerTensors, bucket: Tensor | None, units: int) -> StaticScale | None:
+    """The layer's stored scales; None for dynamic ones, also where the samples cannot be told from the units (images or rows)."""
+    if not layer.is_static or bucket is None or units % bucket.numel():
+        return None
+    return StaticScale(layer.act_scale, layer.act_zero_point, bucket)
 
 
 def _bias_as(layer: LayerTensors, dtype: torch.dtype) -> Tensor | None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
+from ...errors import SchemeError
 from ...quant.layers import is_quantizable
 from ...quant.mac_counter import MacCounter
 from ...quant.recipe import Recipe
-from . import lora
+from ..acceleration import Acceleration
+from . import blocks, kv_cache, lora
+from .attention import set_attention
 from .dense_saving import bind_dense_saving
+from .graph import UNetRunner, bind_runner
 from .ops import QuantizableOp
 from .tap import TimestepTap
 
@@ -27,6 +32,8 @@ class QuantizedState:
 
     base_model: {"name", "sha256"} of what was quantized. calibration: its summary.
     patches, backup: of the patcher that ComfyUI loaded last, kept for saving while it is loaded.
+    patch_version: rises whenever a low-rank branch changes. hooks_reason: set while hooks change weights.
+    kv_cache: of the cross-attention layers, None without fused blocks. runner: None if acceleration is off.
     """
 
     recipe: Recipe
@@ -35,6 +42,25 @@ class QuantizedState:
     tap: TimestepTap = field(default_factory=TimestepTap)
     patches: Mapping = field(default_factory=dict)
     backup: Mapping = field(default_factory=dict)
+    acceleration: Acceleration = Acceleration.AUTO
+    patch_version: int = 0
+    hooks_reason: str | None = None
+    kv_cache: Any = None
+    runner: UNetRunner | None = None
+
+    def weights_moved(self) -> None:
+        if self.runner is not None:
+            self.runner.invalidate()
+
+    def run_ended(self) -> None:
+        if self.runner is not None:
+            self.runner.residency.let_go()
+
+    def unloaded(self) -> None:
+        if self.kv_cache is not None:
+            self.kv_cache.clear()
+        if self.runner is not None:
+            self.runner.release()
 
 
 def state_of(patcher: ModelPatcher) -> QuantizedState | None:
@@ -42,10 +68,17 @@ def state_of(patcher: ModelPatcher) -> QuantizedState | None:
     return getattr(patcher.model, "stepquant", None)
 
 
-def attach(patcher: ModelPatcher, recipe: Recipe, base_model: dict[str, str | None], calibration: dict[str, object]) -> None:
+def attach(
+    patcher: ModelPatcher,
+    recipe: Recipe,
+    base_model: dict[str, str | None],
+    calibration: dict[str, object],
+    acceleration: Acceleration = Acceleration.AUTO,
+) -> None:
     """Make the patcher's freshly built UNet one model: names, schemes, one tap, saving, callbacks (copied to clones)."""
+    _check_runs_here(recipe)
     model = patcher.model
-    model.stepquant = QuantizedState(recipe, base_model, calibration)
+    model.stepquant = QuantizedState(recipe, base_model, calibration, acceleration=Acceleration(acceleration))
     model.stepquant.tap.follow(model.model_sampling)
     unet = model.diffusion_model
     for name, module in unet.named_modules():
@@ -54,15 +87,33 @@ def attach(patcher: ModelPatcher, recipe: Recipe, base_model: dict[str, str | No
             module.scheme = recipe.schemes.get(name, module.scheme)
             module.tap = model.stepquant.tap
     unet.time_embed[0].observes_timestep = True
+    if model.stepquant.acceleration is not Acceleration.OFF:
+        blocks.bind(unet, model.stepquant)
+        kv_cache.watch(patcher)
+        model.stepquant.runner = bind_runner(unet, model.stepquant)
     bind_dense_saving(model)
+    set_attention(patcher, recipe.attention)
     for call, function in (
         (CallbacksMP.ON_LOAD, lora.on_load),
         (CallbacksMP.ON_PRE_RUN, lora.reconcile),
+        (CallbacksMP.ON_CLEANUP, _on_cleanup),
         (CallbacksMP.ON_DETACH, lora.release),
-        (CallbacksMP.ON_APPLY_HOOKS, lora.forget_hook_cache),
+        (CallbacksMP.ON_APPLY_HOOKS, lora.on_apply_hooks),
     ):
         patcher.remove_callbacks_with_key(call, CALLBACK_KEY)
         patcher.add_callback_with_key(call, CALLBACK_KEY, function)
+
+
+def _on_cleanup(patcher: ModelPatcher) -> None:
+    patcher.model.stepquant.run_ended()
+
+
+def _check_runs_here(recipe: Recipe) -> None:
+    for name, scheme in recipe.schemes.items():
+        if scheme.is_grouped:
+            raise SchemeError(
+                f"{name}: its input is in channel groups, which run in the diffusers host only so far. Use token or static scales."
+            )
 
 
 @contextmanager
@@ -70,10 +121,12 @@ def counting_macs(model: nn.Module) -> Iterator[MacCounter]:
     """Count the multiply-adds of a quantized BaseModel's quantizable layers while the block runs."""
     counter = MacCounter()
     layers = [m for m in model.modules() if isinstance(m, QuantizableOp) and is_quantizable(m.layer_name)]
-    for layer in layers:
-        layer.counter = counter
-    try:
-        yield counter
-    finally:
+    runner = getattr(getattr(model, "stepquant", None), "runner", None)
+    with nullcontext() if runner is None else runner.paused("multiply-adds are being counted"):
         for layer in layers:
-            layer.counter = None
+            layer.counter = counter
+        try:
+            yield counter
+        finally:
+            for layer in layers:
+                layer.counter = None

@@ -25,6 +25,7 @@ from .attach import counting_macs
 from .sampling import SEEDS, SamplerSettings, SamplingProgress, sample_latent
 
 WRAPPER_KEY = "stepquant_compare"
+STEPS_TO_WARM_UP = 2
 
 
 @dataclass
@@ -204,7 +205,7 @@ def _sample_all(
 
 
 class _StepClock:
-    """Times the steps after the first one, which pays for loading and warming up; all of a one-step run."""
+    """Times the steps after the first two, which pay for loading, warming up and recording a CUDA graph; the last one in a shorter run."""
 
     def __init__(self, callback: Callable) -> None:
         self._callback = callback
@@ -218,10 +219,13 @@ class _StepClock:
         self._callback(step, denoised, noisy, total)
 
     def seconds(self) -> float:
-        return self._times[-1] - (self._times[0] if len(self._times) > 1 else self._start) if self._times else 0.0
+        return self._times[-1] - [self._start, *self._times][self._left_out()] if self._times else 0.0
 
     def steps(self) -> int:
-        return max(1, len(self._times) - 1) if self._times else 0
+        return len(self._times) - self._left_out()
+
+    def _left_out(self) -> int:
+        return max(0, min(STEPS_TO_WARM_UP, len(self._times) - 1))
 
 
 def _decode(vae: VAE, latents: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...errors import FormatError
 from ...quant.file_format import Header, QuantizedModel, read_header, read_model
 from ...quant.layers import UNET_PREFIX, check_is_sdxl
+from ..acceleration import Acceleration
 from .attach import attach
 from .ops import StepQuantOps
 
@@ -33,21 +34,24 @@ class LoadedModel:
     header: Header
 
 
-def load_quantized(path: str | Path, embedding_directory: list[str] | None = None) -> LoadedModel:
+def load_quantized(
+    path: str | Path, embedding_directory: list[str] | None = None, acceleration: Acceleration | str = Acceleration.AUTO
+) -> LoadedModel:
     """Open a file that StepQuant wrote.
 
+    Args: acceleration: how much of the UNet runs as one piece.
     Raises: FormatError, SchemeError or ModelError naming the file, what is wrong with it and what to do.
     """
     path = str(path)
     header, stored = read_header(path), read_model(path)
-    patcher = _load_unet(path, stored, disable_dynamic=False)
+    patcher = _load_unet(path, stored, Acceleration(acceleration), disable_dynamic=False)
     clip, vae = _load_clip_and_vae(path, stored, embedding_directory)
     return LoadedModel(patcher, clip, vae, header)
 
 
-def load_patcher(path: str, disable_dynamic: bool = False) -> ModelPatcher:
+def load_patcher(path: str, acceleration: Acceleration | str = Acceleration.AUTO, disable_dynamic: bool = False) -> ModelPatcher:
     """The MODEL alone: what ComfyUI calls to make it again, for hooks, other GPUs or without dynamic VRAM."""
-    return _load_unet(path, read_model(path), disable_dynamic)
+    return _load_unet(path, read_model(path), Acceleration(acceleration), disable_dynamic)
 
 
 def load_clip_patcher(path: str, embedding_directory: list[str] | None = None, disable_dynamic: bool = False) -> ModelPatcher:
@@ -79,7 +83,7 @@ def stub_shape(qweight: Tensor) -> tuple[int, ...]:
     return shape if len(shape) == 2 else (shape[0], shape[3], shape[1], shape[2])
 
 
-def _load_unet(path: str, stored: QuantizedModel, disable_dynamic: bool) -> ModelPatcher:
+def _load_unet(path: str, stored: QuantizedModel, acceleration: Acceleration, disable_dynamic: bool) -> ModelPatcher:
     outer = _with_stubs(stored)
     check_is_sdxl({key: tensor.shape for key, tensor in outer.items()}, path)
     state_dict = outer | {marker: stored.extra[marker] for marker in SAMPLING_MARKERS if marker in stored.extra}
@@ -100,8 +104,8 @@ def _load_unet(path: str, stored: QuantizedModel, disable_dynamic: bool) -> Mode
     _check_complete(path, patcher, outer)
     if not comfy.model_management.is_device_cpu(patcher.offload_device):
         patcher.model.to(patcher.offload_device)
-    attach(patcher, stored.recipe, stored.base_model, stored.calibration)
-    patcher.cached_patcher_init = (load_patcher, (path,))
+    attach(patcher, stored.recipe, stored.base_model, stored.calibration, acceleration)
+    patcher.cached_patcher_init = (load_patcher, (path, acceleration))
     return patcher
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .low_rank import LowRankBranch
 from .ops import QuantizableOp
 
+HOOKS_CHANGE_WEIGHTS = "hooks change the weights between the calls of one step"
 Patch = tuple  # ComfyUI's: (strength, adapter or value, strength of the model, offset, function)
 
 
@@ -59,8 +60,9 @@ def make_branch(patches: Sequence[Patch], shape: Sequence[int], device: torch.de
 
 
 def on_load(patcher: ModelPatcher, *_: object) -> None:
-    """ON_LOAD: the branches take memory that ComfyUI should know of."""
+    """ON_LOAD: the branches take memory that ComfyUI should know of, and weights have moved."""
     reconcile(patcher)
+    patcher.model.stepquant.weights_moved()
     branches = [module.branch for _, module in quantized_layers(patcher.model) if module.branch is not None]
     patcher.model.model_loaded_weight_memory += sum(branch.nbytes for branch in branches)
 
@@ -71,16 +73,19 @@ def reconcile(patcher: ModelPatcher) -> None:
     state = patcher.model.stepquant
     state.tap.follow(patcher.model.model_sampling)
     state.patches, state.backup = patcher.patches, patcher.backup
+    _note_hooks(patcher)
     for key, module in quantized_layers(patcher.model):
         patches = patcher.patches.get(key, [])
         # Patchers that update weights in place have merged the patch already.
         if not patches or patcher.weight_inplace_update or not can_run_beside(patches, module.weight.shape):
+            state.patch_version += module.branch is not None
             module.branch, module.branch_patches = None, None
             _merge(patcher, key, module, patches)
             continue
         if not _same(module.branch_patches, patches) or module.branch.down.device != device:
             module.branch = make_branch(patches, module.weight.shape, device, dtype)
             module.branch_patches = list(patches)
+            state.patch_version += 1
         _forget_merge_patches(module)
 
 
@@ -88,19 +93,29 @@ def release(patcher: ModelPatcher, unpatch_all: bool) -> None:
     """ON_DETACH. A clone that is only being deleted passes False: the model may be in use by another."""
     if not unpatch_all:
         return
-    patcher.model.stepquant.patches, patcher.model.stepquant.backup = {}, {}
+    state = patcher.model.stepquant
+    state.patches, state.backup = {}, {}
+    state.patch_version += 1
+    state.unloaded()
     for _, module in quantized_layers(patcher.model):
         module.branch, module.branch_patches, module.merged = None, None, None
 
 
-def forget_hook_cache(patcher: ModelPatcher, hooks: HookGroup | None) -> None:
-    """ON_APPLY_HOOKS. Every switch of hook groups merges into the codes anew, as EnumHookMode.MinVram does.
+def on_apply_hooks(patcher: ModelPatcher, hooks: HookGroup | None) -> None:
+    """ON_APPLY_HOOKS. Weights change between the calls of one step, and every switch of hook groups merges into the codes
+    anew, as EnumHookMode.MinVram does.
 
     With MaxSpeed ComfyUI caches the merged weights as floats and copies them into the live weight, which a
     QuantizedTensor refuses; and copies of codes would overwrite the backup too, since in inference mode
     QuantizedTensor.to(copy=True) returns the tensor itself (comfy_kitchen 0.2.31).
     """
     patcher.cached_hook_patches.pop(hooks, None)
+    _note_hooks(patcher)
+    patcher.model.stepquant.weights_moved()
+
+
+def _note_hooks(patcher: ModelPatcher) -> None:
+    patcher.model.stepquant.hooks_reason = None if patcher.current_hooks is None else HOOKS_CHANGE_WEIGHTS
 
 
 def _merge(patcher: ModelPatcher, key: str, module: QuantizableOp, patches: Sequence[Patch]) -> None:

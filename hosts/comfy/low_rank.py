@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,11 @@ class LowRankBranch:
     @property
     def nbytes(self) -> int:
         return self.down.nbytes + self.up.nbytes
+
+    def linear(self, x: Tensor) -> Tensor:
+        """What a Linear's branch adds: (..., K) -> (..., N)."""
+        branch = self.on(x.device, x.dtype)
+        return functional.linear(functional.linear(x, branch.down), branch.up)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> LowRankBranch:
         """The branch on a device; itself if it is there already, which is the usual case."""

@@ -7,6 +7,7 @@ cast_bias_weight (dynamic and low VRAM), weight functions honoured, convert_weig
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import comfy.float
@@ -23,11 +24,14 @@ from ...quant.file_format import QuantizedLayer
 from ...quant.mac_counter import MacCounter
 from ...quant.scheme import Scheme
 from .. import compute
+from ..fused import NormTensors
 from .layouts import is_quantized, make_weight, unpack
 from .low_rank import LowRankBranch
+from .residency import ResidentNorm, ResidentPlain, ResidentWeight
 from .tap import TimestepTap
 
 STORED_PARTS = ("weight_scale", "bias", "act_scale", "act_zero_point")
+NOTHING = nullcontext()
 
 
 class StoredWeight(Tensor):
@@ -54,6 +58,7 @@ class QuantizableOp:
     branch_patches: list | None = None  # what the branch was made of
     merged: tuple | None = None  # (weight that lora.py made, patches that are in it)
     counter: MacCounter | None = None
+    resident: ResidentWeight | ResidentPlain | None = None  # set by residency.py; answers while it holds the weights
 
     def _start_empty(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         """Forget the meta tensors of construction: a 5 GB model must not be allocated before its 2.5 GB arrive."""
@@ -161,8 +166,22 @@ class QuantizableOp:
         new = self.weight.requantize_from_float(weight).to(self.weight.dtype)
         self.weight = nn.Parameter(new, requires_grad=False)
 
-    def _forward_quantized(self, x: Tensor) -> Tensor:
-        with comfy.ops.CastBiasWeightContext(
+    def borrow(self, x: Tensor) -> AbstractContextManager[compute.LayerTensors | None]:
+        """The layer's tensors on x's device, for as long as the block runs; None if the layer must run its own forward:
+        it is not quantized, a weight function edits the float weight, or the kernels do not fit it.
+
+        A low-rank branch is the caller's business: see `branch`.
+        """
+        if not self._kernels_fit():
+            return NOTHING
+        resident = self.resident
+        if resident is not None and resident.lease.held and self.counter is None:
+            return resident
+        return _Borrowed(self, x) if self.is_quantized and not self.weight_function else NOTHING
+
+    def fetch(self, x: Tensor) -> comfy.ops.CastBiasWeightContext:
+        """Weight and bias through ComfyUI, from wherever they are and with their patches, until the block ends."""
+        return comfy.ops.CastBiasWeightContext(
             self,
             x,
             dtype=self.weight.dtype,  # any other would make ComfyUI dequantize
@@ -170,19 +189,27 @@ class QuantizableOp:
             offloadable=True,
             compute_dtype=comfy.model_management.lora_compute_dtype(x.device),
             want_requant=True,
-        ) as (weight, bias):
-            if isinstance(weight, QuantizedTensor) and self._kernels_fit():
-                y = self._quantized(x, self._tensors(weight, bias, x.device), self._bucket(x.device))
-            else:  # a weight function has edited the float weight: exact, without integer compute
-                weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
-                y = self._count_float(self._float(x, weight.to(x.dtype), bias))
+        )
+
+    def _forward_quantized(self, x: Tensor) -> Tensor:
+        with self.borrow(x) as tensors:
+            if tensors is not None:
+                y = self._quantized(x, tensors, self.bucket(x.device))
+        if tensors is None:
+            y = self._forward_edited(x)
         return y if self.branch is None else y + self._beside(x, self.branch.on(x.device, x.dtype))
 
-    def _tensors(self, weight: QuantizedTensor, bias: Tensor | None, device: torch.device) -> compute.LayerTensors:
+    def _forward_edited(self, x: Tensor) -> Tensor:
+        """A weight function has edited the float weight, or the kernels do not fit: exact, without integer compute."""
+        with self.fetch(x) as (weight, bias):
+            weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+            return self._count_float(self._float(x, weight.to(x.dtype), bias))
+
+    def tensors_of(
+        self, weight: QuantizedTensor, bias: Tensor | None, act_scale: Tensor | None, act_zero_point: Tensor | None
+    ) -> compute.LayerTensors:
+        """Weight, bias and tables, wherever they were fetched to, as the kernels take them."""
         parts = unpack(weight)
-        # In low VRAM the layer's tables stay on the CPU with it.
-        act_scale = None if self.act_scale is None else self.act_scale.to(device)
-        act_zero_point = None if self.act_zero_point is None else self.act_zero_point.to(device)
         return compute.LayerTensors(
             self.layer_name,
             self.scheme,
@@ -195,7 +222,8 @@ class QuantizableOp:
             self.counter,
         )
 
-    def _bucket(self, device: torch.device) -> Tensor:
+    def bucket(self, device: torch.device) -> Tensor:
+        """(B,) int64: the timestep bucket of each sample of the UNet call that is under way, or (1,) zero without a tap."""
         if self.tap is None:
             return torch.zeros(1, dtype=torch.int64, device=device)
         return self.tap.bucket.to(device)
@@ -215,7 +243,61 @@ class QuantizableOp:
             self.tap.observe(x)
         if self.is_quantized:
             return self._forward_quantized(x)
+        resident = self.resident
+        if resident is not None and resident.lease.held and resident.weight.dtype == x.dtype and self.counter is None:
+            return self._float(x, resident.weight, resident.bias)
         return self._count_float(self.forward_comfy_cast_weights(x))
+
+
+class _Borrowed:
+    """A quantized layer's tensors, fetched through ComfyUI on entering and given back on leaving."""
+
+    def __init__(self, layer: QuantizableOp, x: Tensor) -> None:
+        self._layer, self._x = layer, x
+
+    def __enter__(self) -> compute.LayerTensors | None:
+        layer, device = self._layer, self._x.device
+        self._fetched = layer.fetch(self._x)
+        weight, bias = self._fetched.__enter__()
+        if not isinstance(weight, QuantizedTensor):
+            return None
+        # In low VRAM the layer's tables stay on the CPU with it.
+        tables = [None if table is None else table.to(device) for table in (layer.act_scale, layer.act_zero_point)]
+        return layer.tensors_of(weight, bias, *tables)
+
+    def __exit__(self, *error: object) -> None:
+        self._fetched.__exit__(*error)
+
+
+class _BorrowedNorm:
+    """As _Borrowed, for a norm of ComfyUI's."""
+
+    def __init__(self, norm: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> None:
+        self._norm, self._x = norm, x
+
+    def __enter__(self) -> NormTensors:
+        self._fetched = comfy.ops.CastBiasWeightContext(self._norm, self._x, offloadable=True)
+        weight, bias = self._fetched.__enter__()
+        return NormTensors(weight, bias, self._norm.eps)
+
+    def __exit__(self, *error: object) -> None:
+        self._fetched.__exit__(*error)
+
+
+def borrow_norm(norm: nn.Module, x: Tensor) -> AbstractContextManager[NormTensors | None]:
+    """weight, bias (both (C,)) and eps of a GroupNorm or LayerNorm on x's device, for as long as the block runs.
+
+    None if it has no weight or bias: then it must run its own forward. Weight functions are applied, as ComfyUI does.
+    """
+    if _resident_norm(norm, x) is not None:
+        return norm.resident
+    return NOTHING if norm.weight is None or norm.bias is None else _BorrowedNorm(norm, x)
+
+
+def _resident_norm(norm: nn.Module, x: Tensor) -> NormTensors | None:
+    resident = norm.resident
+    usable = resident is not None and resident.lease.held and resident.tensors.weight is not None
+    return resident.tensors if usable and resident.tensors.weight.dtype == x.dtype else None
 
 
 class StepQuantOps(comfy.ops.manual_cast):
@@ -252,3 +334,17 @@ class StepQuantOps(comfy.ops.manual_cast):
 
         def _beside(self, x: Tensor, branch: LowRankBranch) -> Tensor:
             return F.conv2d(self._conv_forward(x, branch.down, None), branch.up)
+
+    class GroupNorm(comfy.ops.manual_cast.GroupNorm):
+        resident: ResidentNorm | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            norm = _resident_norm(self, x)
+            return super().forward(x) if norm is None else F.group_norm(x, self.num_groups, norm.weight, norm.bias, norm.eps)
+
+    class LayerNorm(comfy.ops.manual_cast.LayerNorm):
+        resident: ResidentNorm | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            norm = _resident_norm(self, x)
+            return super().forward(x) if norm is None else F.layer_norm(x, self.normalized_shape, norm.weight, norm.bias, norm.eps)

@@ -24,6 +24,7 @@ from ...quant.file_format import QuantizedLayer
 from ...quant.layers import LayerSpec, check_is_sdxl, find_layers
 from ...quant.recipe import Recipe, preset_recipe
 from ...quant.weight import check_weight
+from ..acceleration import Acceleration
 from ..quantize_layer import check_calibrated, quantize_layer
 from .attach import attach, state_of
 from .lora import can_run_beside
@@ -58,6 +59,18 @@ def quantizable_layers(model: ModelPatcher) -> dict[str, LayerSpec]:
     return _layers(_read(model))
 
 
+def weight_reader(model: ModelPatcher) -> Callable[[str], Tensor]:
+    """Reads a quantizable layer's weight by name, fp32 on the compute device: the one whose codes quantize_model would make."""
+    source = _read(model)
+
+    def read(name: str) -> Tensor:
+        key = f"{UNET}{name}.weight"
+        patches = source.patches.get(key, [])
+        return source.float_weight(key, [] if can_run_beside(patches, source.weights[key][0].shape) else patches)
+
+    return read
+
+
 def quantize_model(
     model: ModelPatcher,
     recipe: Recipe | str,
@@ -65,6 +78,7 @@ def quantize_model(
     progress: Progress | None = None,
     check_interrupt: Callable[[], None] = comfy.model_management.throw_exception_if_processing_interrupted,
     base_model: dict[str, str | None] | None = None,
+    acceleration: Acceleration | str = Acceleration.AUTO,
 ) -> ModelPatcher:
     """A quantized MODEL that carries everything `model` does; `model` stays bit for bit what it was.
 
@@ -76,6 +90,7 @@ def quantize_model(
         calibration: needed by recipes with static activations.
         progress: called with (layers done, layers in all). check_interrupt: called before each layer; may raise.
         base_model: {"name", "sha256"} for the file's header.
+        acceleration: how much of the UNet runs as one piece.
     Raises: ModelError if `model` is no SDXL or cannot be followed; CalibrationError; WeightError naming the layer.
     """
     source = _read(model)
@@ -95,9 +110,9 @@ def quantize_model(
         _copy_rest(source, unet, recipe)
     patcher = _carry_over(model, built, merged)
     summary = dict(describe(calibration)) if calibration is not None else {}
-    attach(patcher, recipe, base_model or {"name": None, "sha256": None}, summary)
+    attach(patcher, recipe, base_model or {"name": None, "sha256": None}, summary, Acceleration(acceleration))
     if model.cached_patcher_init is not None:
-        patcher.cached_patcher_init = (rebuild, (model.cached_patcher_init, recipe, calibration, merged, base_model))
+        patcher.cached_patcher_init = (rebuild, (model.cached_patcher_init, recipe, calibration, merged, base_model, acceleration))
     return patcher
 
 
@@ -107,6 +122,7 @@ def rebuild(
     calibration: Calibration | None,
     merged: Mapping[str, list],
     base_model: dict[str, str | None] | None,
+    acceleration: Acceleration | str = Acceleration.AUTO,
     disable_dynamic: bool = False,
 ) -> ModelPatcher:
     """Make a quantized MODEL again from its source's own initialiser: ComfyUI's cached_patcher_init."""
@@ -114,7 +130,7 @@ def rebuild(
     if len(source_init) > 2:
         source = source[source_init[2]]
     source.patches = {key: list(patches) for key, patches in merged.items()}
-    return quantize_model(source, recipe, calibration, base_model=base_model)
+    return quantize_model(source, recipe, calibration, base_model=base_model, acceleration=acceleration)
 
 
 def _read(model: ModelPatcher) -> _Source:
@@ -182,7 +198,7 @@ def _quantize_layer(
     key, bias_key = f"{UNET}{name}.weight", f"{UNET}{name}.bias"
     weight = source.float_weight(key, merged.get(key, []))
     bias = source.stored(bias_key, source.patcher.model.get_dtype_inference()) if bias_key in source.weights else None
-    layer = quantize_layer(name, weight, bias, recipe.schemes[name], recipe.groups, calibration)
+    layer = quantize_layer(name, weight, bias, recipe.schemes[name], recipe.groups_of(name), calibration)
     offload = source.patcher.offload_device
     return QuantizedLayer(**{part: None if tensor is None else tensor.to(offload) for part, tensor in vars(layer).items()})
 

@@ -25,13 +25,16 @@ EDGE = 0.01
 
 
 class TimestepTap:
-    """One per model. `bucket`: (B,) int64 on the UNet's device, updated in place while B stays the same.
+    """One per model. `bucket`: (B,) int64 on the UNet's device, for each B always the same tensor, updated in place.
 
-    Before the first call it is one zero, so that a layer called alone still has a bucket.
+    Before the first call it is one zero, so that a layer called alone still has a bucket. `version` rises whenever the
+    way from timestep to bucket changes.
     """
 
     def __init__(self) -> None:
         self.bucket = _plain_zeros((1,), torch.device("cpu"))
+        self.version = 0
+        self._buckets: dict[tuple, Tensor] = {}
         self._followed: tuple[nn.Module, Tensor] | None = None
         self._table = torch.zeros(1, dtype=torch.int64)
         self._first, self._points_per_unit = 0.0, 0.0
@@ -54,6 +57,11 @@ class TimestepTap:
             self._table = timestep_bucket(sigma_to_timestep(sigma.float().cpu()) + EDGE)
         self._first, self._points_per_unit = first, (points - 1) / (last - first)
         self._followed = (model_sampling, sigmas)
+        self.version += 1
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What a recorded `observe` reads and writes, by address."""
+        return self.bucket, self._table
 
     def observe(self, embedding: Tensor) -> None:
         """Update `bucket` from the sinusoidal embedding (B, C), any float dtype; no host sync.
@@ -65,7 +73,10 @@ class TimestepTap:
             self._table = self._table.to(embedding.device)
         index = index.round_().clamp_(0, self._table.numel() - 1).long()
         if self.bucket.shape != index.shape or self.bucket.device != index.device:
-            self.bucket = _plain_zeros(index.shape, index.device)
+            key = (index.shape, index.device)
+            if key not in self._buckets:
+                self._buckets[key] = _plain_zeros(*key)
+            self.bucket = self._buckets[key]
         self.bucket.copy_(self._table.index_select(0, index))
 
 

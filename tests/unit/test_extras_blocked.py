@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-BROUGHT_BY_COMFYUI = {"torch", "numpy", "scipy", "safetensors", "PIL", "tqdm", "comfy_kitchen"}
-COMFYUI_ITSELF = {"comfy", "comfy_api", "comfyui_version", "folder_paths", "latent_preview"}
+BROUGHT_BY_COMFYUI = {"torch", "numpy", "scipy", "safetensors", "PIL", "tqdm", "comfy_aimdo", "comfy_kitchen"}
+COMFYUI_ITSELF = {"comfy", "comfy_api", "comfy_execution", "comfyui_version", "folder_paths", "latent_preview"}
 OPTIONAL = {"triton"}  # imported by kernels/triton_ops only, at the first call that needs it
 
 

@@ -6,23 +6,17 @@ import pytest
 import torch
 from torch.nn import functional
 
-from stepquant.hosts import compute
+from stepquant.hosts import compute, fused
 from stepquant.hosts.compute import LayerTensors, sums_of_codes
-from stepquant.hosts.fused import (
-    NormTensors,
-    can_share_input,
-    geglu_linear,
-    group_norm_linear,
-    group_norm_silu_conv,
-    layer_norm_linear,
-)
+from stepquant.hosts.fused import NormTensors
 from stepquant.kernels import dispatch
+from stepquant.kernels.dispatch import StaticScale
 from stepquant.quant.mac_counter import MacCounter
-from stepquant.quant.scheme import ActivationMode, ComputeType, Scheme
+from stepquant.quant.scheme import ActivationMode, Scheme
 from stepquant.quant.sqnr import sqnr_db
 from stepquant.quant.weight import dequantize_weight, quantize_weight
 
-MODES = ["token", "static", "static_asymmetric", "fp16"]
+MODES = ["token", "static", "static_asymmetric"]
 BUCKET = torch.tensor([3, 40])
 # Quantization noise, 40 dB down, differs by chance when an input moves by fp16's rounding, 70 dB down. Measured: up to 0.02.
 CHANCE_DB = 0.05
@@ -69,48 +63,54 @@ def exact_norm(x: torch.Tensor, norm: NormTensors, silu: bool = False) -> torch.
     return functional.silu(y) if silu else y
 
 
+def stored_scale(layer: LayerTensors) -> StaticScale | None:
+    return StaticScale(layer.act_scale, layer.act_zero_point, BUCKET) if layer.is_static else None
+
+
 def assert_no_loss(fused: torch.Tensor, unfused: torch.Tensor, exact: torch.Tensor, floor_db: float) -> None:
     assert fused.shape == exact.shape and fused.dtype == torch.float16
     assert sqnr_db(exact, fused) >= max(sqnr_db(exact, unfused) - CHANCE_DB, floor_db)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_layer_norm_linear_loses_nothing_against_norm_then_layer(mode):
+def test_layer_norm_loses_nothing_against_norm_then_layer(mode):
     x, norm = 2 * images(2, 64, 320) + 1, norm_of(320)
     layers = [layer_of((96, 320), mode, seed=seed) for seed in range(3)]
-    outputs, kept = layer_norm_linear(x, norm, layers, BUCKET)
+    codes, kept = fused.layer_norm(x, norm, stored_scale(layers[0]))
     assert kept is None
     normalised = functional.layer_norm(x, (320,), norm.weight, norm.bias, norm.eps)
     exact = functional.layer_norm(x.double(), (320,), norm.weight.double(), norm.bias.double(), norm.eps)
-    for layer, y in zip(layers, outputs, strict=True):
+    for layer in layers:
         expected = functional.linear(exact, float64_weight(layer), layer.bias.double())
+        y = fused.product(codes, layer, x.dtype).view(2, 64, 96)
         assert_no_loss(y, compute.linear(normalised, layer, BUCKET), expected, 35)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_geglu_linear_loses_nothing_against_geglu_then_layer(mode):
+def test_geglu_loses_nothing_against_geglu_then_layer(mode):
     x, layer = images(2, 64, 640), layer_of((96, 320), mode, absmax=8.0, lowest=-8.0)
     value, gate = x.chunk(2, -1)
     exact = functional.linear(value.double() * functional.gelu(gate.double()), float64_weight(layer), layer.bias.double())
     unfused = compute.linear(value * functional.gelu(gate), layer, BUCKET)
-    assert_no_loss(geglu_linear(x, layer, BUCKET), unfused, exact, 25)
+    y = fused.product(fused.geglu(x, stored_scale(layer)), layer, x.dtype).view(2, 64, 96)
+    assert_no_loss(y, unfused, exact, 25)
 
 
 @pytest.mark.parametrize("widths", [(64,), (40, 24)], ids=["one", "skip"])
 @pytest.mark.parametrize("mode", MODES)
-def test_group_norm_silu_conv_loses_nothing_against_norm_silu_conv(mode, widths):
+def test_group_norm_silu_loses_nothing_against_norm_silu_conv(mode, widths):
     segments = [2 * images(2, width, 25, 23, seed=width) - 1 for width in widths]
     norm, layer = norm_of(64), layer_of((48, 64, 3, 3), mode, lowest=-0.3)
     joined = torch.cat(segments, 1)
     exact = functional.conv2d(exact_norm(joined, norm, silu=True), float64_weight(layer), layer.bias.double(), 2, 1)
     activated = functional.silu(functional.group_norm(joined, 32, norm.weight, norm.bias, norm.eps))
-    y = group_norm_silu_conv(segments, norm, layer, BUCKET, stride=2)
+    y = fused.convolution(fused.group_norm_silu(segments, norm, stored_scale(layer)), layer, torch.float16, stride=2)
     assert_no_loss(y, compute.conv2d(activated, layer, BUCKET, 2, 1), exact, 30)
 
 
 @pytest.mark.parametrize("kernel", ["linear", "conv1x1"])
 @pytest.mark.parametrize("mode", MODES)
-def test_group_norm_linear_loses_nothing_against_norm_then_layer(mode, kernel):
+def test_group_norm_loses_nothing_against_norm_then_layer(mode, kernel):
     x, norm = 2 * images(2, 64, 24, 23) - 1, norm_of(64, 1e-6)
     layer = layer_of((48, 64) if kernel == "linear" else (48, 64, 1, 1), mode)
     rows = exact_norm(x, norm).permute(0, 2, 3, 1).reshape(2, 552, 64)
@@ -120,48 +120,52 @@ def test_group_norm_linear_loses_nothing_against_norm_then_layer(mode, kernel):
     if unfused is None:
         unfused = compute.linear(normalised.permute(0, 2, 3, 1), layer, BUCKET).permute(0, 3, 1, 2)
     unfused = unfused.permute(0, 2, 3, 1).reshape(2, 552, 48)
-    assert_no_loss(group_norm_linear(x, norm, layer, BUCKET), unfused, exact, 30)
+    y = fused.product(fused.group_norm(x, norm, stored_scale(layer)), layer, x.dtype).view(2, 552, 48)
+    assert_no_loss(y, unfused, exact, 30)
 
 
-def test_layer_norm_linear_quantizes_once_for_q_k_and_v(monkeypatch):
-    counter, calls = MacCounter(), []
+@pytest.mark.parametrize("mode", MODES)
+def test_product_adds_a_residual_before_its_one_rounding(mode):
+    x, residual, layer = images(2, 8, 320), images(2, 8, 96, seed=2), layer_of((96, 320), mode)
+    codes = fused.quantize(x, stored_scale(layer))
+    y = fused.product(codes, layer, torch.float16, residual.view(16, 96))
+    assert torch.equal(y, (fused.product(codes, layer, torch.float32) + residual.view(16, 96)).half())
+
+
+@pytest.mark.parametrize("shape", [(2, 48), (2, 48, 9, 7)], ids=["time embedding", "residual"])
+def test_convolution_adds_a_vector_per_image_or_a_residual(shape):
+    x, layer = images(2, 64, 9, 7), layer_of((48, 64, 3, 3), "token")
+    addend = images(*shape, seed=2)
+    addend = addend.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else addend
+    codes = dispatch.quantize_image(x)
+    y = fused.convolution(codes, layer, torch.float16, addend=addend)
+    expected = fused.convolution(codes, layer, torch.float32) + addend.view(*shape[:2], *(shape[2:] or (1, 1)))
+    assert torch.equal(y, expected.half())
+
+
+def test_products_on_shared_codes_are_counted_one_by_one():
+    counter = MacCounter()
     layers = [layer_of((96, 320), "token", seed=seed, counter=counter) for seed in range(3)]
-    layer_norm_quantize = dispatch.layer_norm_quantize
-    monkeypatch.setattr(dispatch, "layer_norm_quantize", lambda *operands: calls.append(1) or layer_norm_quantize(*operands))
-    layer_norm_linear(images(2, 8, 320), norm_of(320), layers, BUCKET)
-    assert len(calls) == 1
+    codes, _ = fused.layer_norm(images(2, 8, 320), norm_of(320), None)
+    for layer in layers:
+        fused.product(codes, layer, torch.float16)
     assert counter.integer_by_layer == {f"layer {seed}": 16 * 96 * 320 for seed in range(3)}
 
 
-def test_layer_norm_linear_is_norm_then_layer_bit_for_bit_when_nothing_is_rounded_between():
+def test_layer_norm_is_norm_then_layer_bit_for_bit_when_nothing_is_rounded_between():
     x, norm, layer = images(2, 8, 320).float(), norm_of(320), layer_of((96, 320), "token")
-    (y,), kept = layer_norm_linear(x, norm, [layer], BUCKET, keep_float=True)
+    codes, kept = fused.layer_norm(x, norm, None, keep_float=True)
     normalised = functional.layer_norm(x, (320,), norm.weight.float(), norm.bias.float(), norm.eps)
     assert torch.equal(kept, normalised)
-    assert torch.equal(y, compute.linear(normalised, layer, BUCKET))
+    assert torch.equal(fused.product(codes, layer, x.dtype).view(2, 8, 96), compute.linear(normalised, layer, BUCKET))
 
 
-@pytest.mark.parametrize("mode", ["token", "fp16"])
-def test_layer_norm_linear_keeps_the_floats_that_a_branch_needs(mode):
+def test_layer_norm_keeps_the_floats_that_a_branch_needs():
     x, norm = images(2, 8, 320), norm_of(320)
-    _, kept = layer_norm_linear(x, norm, [layer_of((96, 320), mode)], BUCKET, keep_float=True)
+    _, kept = fused.layer_norm(x, norm, None, keep_float=True)
     exact = functional.layer_norm(x.double(), (320,), norm.weight.double(), norm.bias.double(), norm.eps)
     assert kept.shape == x.shape and kept.dtype == x.dtype
     assert (kept.double() - exact).norm() <= 5e-4 * exact.norm()
-
-
-def test_layer_norm_linear_is_dynamic_when_the_samples_do_not_divide_the_rows():
-    x, norm, layer = images(5, 320), norm_of(320), layer_of((96, 320), "static")
-    token = layer_of((96, 320), "token")
-    assert torch.equal(layer_norm_linear(x, norm, [layer], BUCKET)[0][0], layer_norm_linear(x, norm, [token], BUCKET)[0][0])
-
-
-def test_can_share_input_asks_for_equal_schemes_and_tables():
-    static, other = layer_of((8, 16), "static", seed=1), layer_of((8, 16), "static", absmax=6.0)
-    assert can_share_input([static, layer_of((24, 16), "static", seed=2)])
-    assert not can_share_input([static, other])
-    assert not can_share_input([static, layer_of((8, 16), "static_asymmetric")])
-    assert not can_share_input([layer_of((8, 16), "token"), static])
 
 
 def test_fused_layers_run_the_kernels(triton_device):
@@ -173,7 +177,9 @@ def test_fused_layers_run_the_kernels(triton_device):
         **{name: value.to(triton_device) if isinstance(value, torch.Tensor) else value for name, value in vars(layer).items()}
     )
     on_device = NormTensors(norm.weight.to(triton_device), norm.bias.to(triton_device), norm.eps)
-    (y,), _ = layer_norm_linear(x.to(triton_device), on_device, [moved], BUCKET.to(triton_device))
+    static = StaticScale(moved.act_scale, moved.act_zero_point, BUCKET.to(triton_device))
+    codes, _ = fused.layer_norm(x.to(triton_device), on_device, static)
+    y = fused.product(codes, moved, x.dtype).view(2, 4, 32)
     assert sqnr_db(exact, y.cpu()) == pytest.approx(sqnr_db(exact, compute.linear(normalised, layer, BUCKET)), abs=0.1)
 
 
@@ -193,11 +199,3 @@ def test_quantize_takes_rows_inside_wider_ones_without_a_copy(triton_device):
         assert torch.equal(dispatch.quantize_token(part).codes, dispatch.quantize_token(part.contiguous()).codes)
         strided, packed = (dispatch.quantize_static(rows, scale, None, bucket).codes for rows in (part, part.contiguous()))
         assert torch.equal(strided, packed)
-
-
-def test_fused_layers_with_float_compute_stay_float():
-    counter = MacCounter()
-    layer = layer_of((96, 320), "token", counter=counter)
-    layer.scheme = Scheme(compute=ComputeType.FP16)
-    layer_norm_linear(images(2, 8, 320), norm_of(320), [layer], BUCKET)
-    assert counter.integer_share() == 0 and counter.total == 16 * 96 * 320

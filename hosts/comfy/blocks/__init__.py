@@ -1,0 +1,46 @@
+"""Forwards of our own on the blocks of a UNet that our loader built: parameters, names and classes stay ComfyUI's.
+
+Each begins with one test and otherwise calls its class's forward; see the file of the block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..kv_cache import CrossAttentionCache
+from .call_scope import CallScope
+from .res_block import FusedResBlock
+from .spatial import FusedSpatialTransformer
+from .transformer import FusedFeedForward, FusedTransformerBlock
+from .unet import ScopedUNet
+from .upsample import FusedUpsample
+
+__all__ = ["bind"]
+
+
+def bind(unet: nn.Module, state: Any) -> None:
+    """Bind the fused forwards, and give the model's QuantizedState its K/V cache.
+
+    The layers must have their codes, names and schemes: these decide what can be fused. Copies made with deepcopy get
+    forwards of their own.
+    """
+    scope, cache = CallScope(state.tap), CrossAttentionCache(unet)
+    state.kv_cache = cache
+    # Inner modules first: an outer block remembers which forwards it found below itself.
+    for name, module in reversed(list(unet.named_modules())):
+        if "forward" in module.__dict__:  # another pack's
+            continue
+        if FusedFeedForward.fits(module):
+            module.forward = FusedFeedForward(module, scope).forward
+        elif FusedTransformerBlock.fits(module):
+            module.forward = FusedTransformerBlock(module, name, scope, cache).forward
+        elif FusedResBlock.fits(module):
+            module.forward = FusedResBlock(module, scope).forward
+        elif FusedSpatialTransformer.fits(module):
+            module.forward = FusedSpatialTransformer(module, scope).forward
+        elif FusedUpsample.fits(module):
+            module.forward = FusedUpsample(module, scope).forward
+    if "forward" not in unet.__dict__:
+        unet.forward = ScopedUNet(unet, scope, cache).forward

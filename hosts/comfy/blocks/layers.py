@@ -1,0 +1,244 @@
+"""Quantized layers with what surrounds them: the norm or gate before, the addition after. Falls back to the modules one by one.
+
+A layer that has a weight function, a scheme without integer compute or no codes runs its own forward, and so does its norm;
+a LoRA branch runs beside the product where its float input is at hand. Weights are borrowed one at a time: ComfyUI's
+buffers for offloaded weights are reused as soon as two more have been fetched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ....kernels.dispatch import StaticScale
+from ....kernels.group_norm_silu_quantize import GROUPS
+from ....kernels.layer_norm_quantize import MAX_ROW
+from ....quant.scheme import ActivationMode, ComputeType
+from ... import fused
+from ..ops import QuantizableOp, borrow_norm
+
+FUSABLE = (ActivationMode.TOKEN, ActivationMode.STATIC)
+
+
+def can_fuse(layer: nn.Module) -> bool:
+    """Whether the layer takes int8 codes that a producer can write. Does not change after a model is attached."""
+    if not isinstance(layer, QuantizableOp) or not layer.is_quantized:
+        return False
+    inputs = layer.weight.shape[1]
+    return layer.scheme.activation in FUSABLE and layer.scheme.compute is ComputeType.INT8 and inputs <= MAX_ROW
+
+
+def stored_scale(layer: QuantizableOp, bucket: Tensor, units: int) -> StaticScale | None:
+    """The layer's tables on the bucket's device; None if it is dynamic or the samples do not divide the units (images or rows)."""
+    if layer.scheme.activation is not ActivationMode.STATIC or layer.act_scale is None or units % bucket.numel():
+        return None
+    # While weights are held, so are copies of the tables that stay where they are: a CUDA graph reads those.
+    tables = layer.resident.tensors if _is_held(layer) else layer
+    zero_point = tables.act_zero_point
+    return StaticScale(tables.act_scale.to(bucket.device), None if zero_point is None else zero_point.to(bucket.device), bucket)
+
+
+class NormedLinears:
+    """A LayerNorm and the Linears that read its result, which is quantized once."""
+
+    def __init__(self, norm: nn.LayerNorm, layers: Sequence[nn.Module]) -> None:
+        self._norm, self._layers = norm, layers
+        self._fusable = all(can_fuse(layer) for layer in layers) and all(layer.scheme == layers[0].scheme for layer in layers)
+        self._tables: list[Tensor | None] | None = None
+        self._shared = False
+        if self._fusable:
+            self._share_tables()
+
+    def __call__(self, x: Tensor, bucket: Tensor) -> list[Tensor]:
+        """x (..., K) -> per layer (..., N)."""
+        outputs = None
+        if self._fusable and not any(layer.weight_function for layer in self._layers) and self._share_tables():
+            outputs = self._fused(x, bucket)
+        if outputs is None:
+            y = self._norm(x)
+            outputs = [layer(y) for layer in self._layers]
+        return outputs
+
+    def _share_tables(self) -> bool:
+        """Whether one quantization serves all. Compares values, which waits for the GPU: once, and when tables are replaced."""
+        if len(self._layers) == 1 or self._layers[0].scheme.activation is not ActivationMode.STATIC:
+            return True
+        tables = [table for layer in self._layers for table in (layer.act_scale, layer.act_zero_point)]
+        if self._tables is None or any(new is not old for new, old in zip(tables, self._tables, strict=True)):
+            if self._tables is not None and _is_capturing(tables[0]):
+                return self._shared  # a model that was moved; nothing may wait here
+            self._tables = tables
+            self._shared = all(_equal(table, first) for table, first in zip(tables, tables[:2] * len(self._layers), strict=True))
+        return self._shared
+
+    def _fused(self, x: Tensor, bucket: Tensor) -> list[Tensor] | None:
+        has_branch = any(layer.branch is not None for layer in self._layers)
+        with borrow_norm(self._norm, x) as norm:
+            if norm is None:
+                return None
+            static = stored_scale(self._layers[0], bucket, x.numel() // x.shape[-1])
+            codes, y = fused.layer_norm(x, norm, static, has_branch)
+        if len(self._layers) > 1 and not has_branch and all(_is_held(layer) for layer in self._layers):
+            together = fused.products(codes, [layer.resident.tensors for layer in self._layers], x.dtype)
+            return [output.view(*x.shape[:-1], -1) for output in together]
+        outputs = []
+        for layer in self._layers:
+            with layer.borrow(x) as tensors:
+                if tensors is None:
+                    return None
+                output = fused.product(codes, tensors, x.dtype).view(*x.shape[:-1], -1)
+            outputs.append(output if layer.branch is None else output + layer.branch.linear(y))
+        return outputs
+
+
+class AddedLinear:
+    """A Linear whose result is added to a residual: attention's output, the feed-forward's second layer, proj_out."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer, self._fusable = layer, can_fuse(layer)
+
+    def __call__(self, x: Tensor, residual: Tensor, bucket: Tensor) -> Tensor:
+        """x (..., K), residual (..., N) -> (..., N)."""
+        layer, output = self._layer, None
+        if self._fusable and not layer.weight_function:
+            output = self.of_codes(fused.quantize(x, stored_scale(layer, bucket, x.numel() // x.shape[-1])), x, residual)
+        if output is None:
+            return layer(x) + residual
+        return output if layer.branch is None else output + layer.branch.linear(x)
+
+    def after_geglu(self, x: Tensor, residual: Tensor | None, bucket: Tensor) -> Tensor:
+        """x (..., 2K), values before gates; residual (..., N) or None -> (..., N)."""
+        layer, output = self._layer, None
+        if self._fusable and layer.branch is None and not layer.weight_function:
+            output = self.of_codes(fused.geglu(x, stored_scale(layer, bucket, x.numel() // x.shape[-1])), x, residual)
+        if output is None:
+            value, gate = x.chunk(2, dim=-1)
+            output = layer(value * functional.gelu(gate))
+            output = output if residual is None else output + residual
+        return output
+
+    def of_codes(self, codes: fused.QuantizedActivation, x: Tensor, residual: Tensor | None) -> Tensor | None:
+        """codes (M, K); x: has the shape before the layer's width, and the dtype. None if the layer must run its own forward."""
+        addend = None if residual is None else residual.reshape(-1, residual.shape[-1]).contiguous()
+        with self._layer.borrow(x) as tensors:
+            if tensors is None:
+                return None
+            return fused.product(codes, tensors, x.dtype, addend).view(*x.shape[:-1], -1)
+
+
+class GatedLinears:
+    """A feed-forward block: LayerNorm, projection to values and gates, GEGLU in the projection's epilogue, second Linear, addition."""
+
+    def __init__(self, norm: nn.LayerNorm, projection: nn.Module, second: nn.Module) -> None:
+        self._norm, self._projection, self._second_layer = norm, projection, second
+        self._gates, self._second = NormedLinears(norm, [projection]), AddedLinear(second)
+        self._fusable = can_fuse(projection) and can_fuse(second)
+
+    def __call__(self, x: Tensor, residual: Tensor, bucket: Tensor) -> Tensor:
+        """x (..., K), residual (..., N) -> (..., N)."""
+        y = None
+        if self._fusable and all(layer.branch is None and not layer.weight_function for layer in (self._projection, self._second_layer)):
+            y = self._fused(x, residual, bucket)
+        if y is None:
+            (gates,) = self._gates(x, bucket)
+            y = self._second.after_geglu(gates, residual, bucket)
+        return y
+
+    def _fused(self, x: Tensor, residual: Tensor, bucket: Tensor) -> Tensor | None:
+        rows = x.numel() // x.shape[-1]
+        with borrow_norm(self._norm, x) as norm:
+            if norm is None:
+                return None
+            codes, _ = fused.layer_norm(x, norm, stored_scale(self._projection, bucket, rows))
+        with self._projection.borrow(x) as tensors:
+            if tensors is None:
+                return None
+            codes = fused.gated_product(codes, tensors, x.dtype, stored_scale(self._second_layer, bucket, rows))
+        return self._second.of_codes(codes, x, residual)
+
+
+class GroupNormedLinear:
+    """A GroupNorm without SiLU and the Linear that reads its pixels: the entrance of a SpatialTransformer."""
+
+    def __init__(self, norm: nn.GroupNorm, layer: nn.Module) -> None:
+        self._norm, self._layer = norm, layer
+        self._fusable = can_fuse(layer) and norm.num_groups == GROUPS
+
+    def __call__(self, x: Tensor, bucket: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, H * W, N)."""
+        layer, tokens = self._layer, None
+        if self._fusable and layer.branch is None and not layer.weight_function:
+            tokens = self._fused(x, bucket)
+        return layer(self._norm(x).permute(0, 2, 3, 1).flatten(1, 2)) if tokens is None else tokens
+
+    def _fused(self, x: Tensor, bucket: Tensor) -> Tensor | None:
+        with borrow_norm(self._norm, x) as norm:
+            if norm is None:
+                return None
+            codes = fused.group_norm(x, norm, stored_scale(self._layer, bucket, x.shape[0]))
+        with self._layer.borrow(x) as tensors:
+            return None if tensors is None else fused.product(codes, tensors, x.dtype).view(x.shape[0], x.shape[2] * x.shape[3], -1)
+
+
+class ActivatedConv:
+    """GroupNorm, SiLU, 3x3 convolution and an addition: either half of a ResBlock."""
+
+    def __init__(self, norm: nn.GroupNorm, conv: nn.Module) -> None:
+        self._norm, self._conv = norm, conv
+        self._fusable = can_fuse(conv) and norm.num_groups == GROUPS
+
+    def __call__(self, x: Tensor, addend: Tensor, bucket: Tensor) -> Tensor:
+        """x (B, C, H, W), addend (B, Cout) or (B, Cout, Ho, Wo) -> (B, Cout, Ho, Wo)."""
+        conv, y = self._conv, None
+        if self._fusable and conv.branch is None and not conv.weight_function:
+            y = self._fused(x, addend, bucket)
+        if y is None:
+            y = conv(functional.silu(self._norm(x))) + addend.to(x.dtype).view(*addend.shape, *(1,) * (4 - addend.ndim))
+        return y
+
+    def _fused(self, x: Tensor, addend: Tensor, bucket: Tensor) -> Tensor | None:
+        conv = self._conv
+        with borrow_norm(self._norm, x) as norm:
+            if norm is None:
+                return None
+            codes = fused.group_norm_silu([x], norm, stored_scale(conv, bucket, x.shape[0]))
+        addend = addend.contiguous(memory_format=torch.channels_last if addend.ndim == 4 else torch.contiguous_format)
+        with conv.borrow(x) as tensors:
+            return None if tensors is None else fused.convolution(codes, tensors, x.dtype, conv.stride[0], conv.padding[0], addend)
+
+
+class UpsampledConv:
+    """A 3x3 convolution of the image at twice its size: the small image is quantized, and its codes are repeated.
+
+    Exact: the nearest neighbours of a value have its code, and repeating them changes no image's absmax.
+    """
+
+    def __init__(self, conv: nn.Module) -> None:
+        self._conv, self._fusable = conv, can_fuse(conv)
+
+    def __call__(self, x: Tensor, bucket: Tensor) -> Tensor | None:
+        """x (B, C, H, W) -> (B, Cout, 2 H, 2 W), or None if the layer must run its own forward."""
+        conv = self._conv
+        if not self._fusable or conv.branch is not None or conv.weight_function:
+            return None
+        with conv.borrow(x) as tensors:
+            if tensors is None:
+                return None
+            codes = fused.nearest_2x(fused.quantize_images(x, stored_scale(conv, bucket, x.shape[0])))
+            return fused.convolution(codes, tensors, x.dtype, conv.stride[0], conv.padding[0])
+
+
+def _is_held(layer: QuantizableOp) -> bool:
+    """Whether the layer's tensors stay in place while others are fetched. Not while its multiply-adds are counted."""
+    return layer.resident is not None and layer.resident.lease.held and layer.counter is None
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,57 @@
+"""Records work on an NVIDIA GPU as a CUDA graph and replays it. Knows torch only: no UNet, no ComfyUI."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Recording:
+    """One graph and the tensor it leaves its result in."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, output: Tensor) -> None:
+        self._graph, self._output = graph, output
+
+    def replay(self) -> Tensor:
+        """The result of this replay in memory of its own: the next replay overwrites the graph's."""
+        self._graph.replay()
+        return self._output.clone()
+
+    def release(self) -> None:
+        # torch warns that memory of a capture is freed outside of it, which is what is meant here.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._graph.reset()
+            self._output = None
+
+
+class CudaRecorder:
+    """One per UNet. Its graphs share one pool of memory: their results are copied out before another one runs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, work: Callable[[], Tensor]) -> Tensor:
+        """Run once on the stream that will record: kernels are compiled, libraries get their workspaces."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            output = work()
+        current.wait_stream(self._stream)
+        return output.clone()
+
+    def record(self, work: Callable[[], Tensor]) -> Recording:
+        """Record the work without running it. Raises what CUDA raises if it cannot be recorded."""
+        graph = torch.cuda.CUDAGraph()
+        # thread_local, as ComfyUI's own graphs: another thread may be loading a model.
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
+            output = work()
+        return Recording(graph, output)
