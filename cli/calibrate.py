@@ -21,20 +21,39 @@ def calibrate(
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampler steps; as many as you will sample with.")] = 20,
     guidance: Annotated[float, typer.Option(min=1.0, help="Classifier-free guidance scale.")] = 5.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture.")] = 0,
+    mode: Annotated[str, typer.Option(help="Steps looked at: full, srm (ADP-DM's choice) or noisiest (the first alone).")] = "full",
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Also measure what `plan` needs; some hundred UNet calls more.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with OUT, which a cancelled run has left.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Record what every layer is given, for `quantize --preset w8a8-static --calibration OUT`."""
+    """Record what every layer is given, for `quantize --preset w8a8-static --calibration OUT` and for `plan`."""
     from ..demo.prompts import CALIBRATION
     from ..hosts.diffusers.calibrate import calibrate as run
+    from ..hosts.diffusers.calibrate import measure_sensitivity
     from ..hosts.diffusers.trajectory import Sampling
-    from ..quant.calibration import describe
+    from ..quant.calibration import Calibration, describe
 
     check_writable(out)
+    check_mode(mode)
     texts = read_prompts(prompts, CALIBRATION)
+    before = Calibration.load(out) if resume else None
     pipeline = open_pipeline(checkpoint, choose_device(device))
+    sampling = Sampling(steps, guidance, seed)
     with progress_bar(quiet=as_json) as start:
-        calibration = run(pipeline, texts, Sampling(steps, guidance, seed), progress=start("Calibrating"))
+        calibration = run(
+            pipeline,
+            texts,
+            sampling,
+            progress=start("Calibrating"),
+            mode=mode,
+            start=before,
+            on_cancel=lambda unfinished: unfinished.save(out),
+        )
+        if sensitivity:
+            calibration.sensitivity = measure_sensitivity(pipeline, texts[0], sampling, progress=start("Measuring sensitivity"))
     calibration.save(out)
     summary = describe(calibration)
     if as_json:
@@ -42,6 +61,15 @@ def calibrate(
         return
     visited = f"{len(summary['buckets'])} of 64 timestep buckets"
     console.print(f"{out}: {summary['layers']} layers, {visited}, {len(texts)} prompts, {size_text(out.stat().st_size)}")
+
+
+def check_mode(mode: str) -> None:
+    """Raises CalibrationError if there is no such mode."""
+    from ..quant.calibration_steps import CalibrationMode
+
+    known = [one.value for one in CalibrationMode]
+    if mode not in known:
+        raise CalibrationError(f"mode {mode!r}: unknown. Choose one of {', '.join(known)}.")
 
 
 def read_prompts(file: Path | None, default: Sequence[str]) -> list[str]:

@@ -52,7 +52,10 @@ def _describe_model(file: Path) -> dict[str, object]:
         "base_model": header.base_model,
         "preset": header.recipe.preset,
         "chosen_by": header.recipe.chosen_by,
+        "grouping": header.recipe.grouping,
+        "curve_points": header.recipe.curve_points,
         "timestep_groups": len(set(header.recipe.groups)),
+        "layers_with_own_groups": len(header.recipe.layer_groups),
         "groups": list(header.recipe.groups),
         "schemes": _count_schemes(header.recipe.schemes),
         "quantizable_layers_in_16_bit": sorted(kept),
@@ -93,7 +96,7 @@ def _show_model(report: dict, with_layers: bool) -> None:
     if kept := report["quantizable_layers_in_16_bit"]:
         table.add_row("", f"{len(kept)} quantizable layers kept in 16 bit")
     if report["timestep_groups"] > 1:
-        table.add_row("timestep groups", f"{report['timestep_groups']}: buckets {_group_ranges(report['groups'])}")
+        table.add_row("timestep groups", _groups_text(report))
     for part, size in report["part_bytes"].items():
         if size:
             table.add_row(part.replace("_", " "), size_text(size))
@@ -116,6 +119,14 @@ def _calibration_text(summary: dict) -> str:
     parts += [f"{len(prompts)} prompts"] if isinstance(prompts, list) else []
     parts += [f"{key} {summary[key]}" for key in ("scheduler", "sampler", "steps", "guidance", "cfg", "seed") if key in summary]
     return ", ".join(parts) or "unknown"
+
+
+def _groups_text(report: dict) -> str:
+    if report["curve_points"]:
+        return f"none: scales on a curve of {report['curve_points']} coefficients a layer"
+    if own := report["layers_with_own_groups"]:
+        return f"{report['timestep_groups']}, {report['grouping']}: {own} layers have their own"
+    return f"{report['timestep_groups']}, {report['grouping']}: buckets {_group_ranges(report['groups'])}"
 
 
 def _group_ranges(groups: list[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,7 @@ def quantize(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Quantized file to write (.safetensors).")],
     preset: Annotated[str, typer.Option(help=f"{' or '.join(PRESETS)}; the static one needs --calibration.")] = PRESETS[0],
     calibration: Annotated[Path | None, typer.Option(help="File made by `calibrate` on this model.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="File made by `plan`; then --preset and --groups are not used.")] = None,
     groups: Annotated[int, typer.Option(min=1, max=64, help="Timestep groups of static scales. Usual is 8.")] = DEFAULT_GROUPS,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -29,26 +31,39 @@ def quantize(
     from ..hosts.quantize_file import quantize_file
     from ..quant.calibration import Calibration
 
-    path = _source_path(source)
+    path = source_path(source)
     _check_out(path, out, overwrite)
-    if preset == "w8a8-static" and calibration is None:
-        raise CalibrationError("w8a8-static: needs --calibration FILE. Make one with `calibrate`, or use w8a8-token.")
+    chosen = preset if recipe is None else _read_recipe(recipe)
+    name = preset if recipe is None else chosen.preset
+    if calibration is None and (preset == "w8a8-static" if recipe is None else chosen.needs_calibration):
+        raise CalibrationError(f"{name}: needs --calibration FILE. Make one with `calibrate`, or use w8a8-token.")
     statistics = Calibration.load(calibration) if calibration else None
     with progress_bar(quiet=as_json) as start:
-        model = quantize_file(path, out, preset, groups, statistics, start("Quantizing layers"))
+        model = quantize_file(path, out, chosen, groups, statistics, start("Quantizing layers"))
     before, after = path.stat().st_size, out.stat().st_size
     if as_json:
-        print_json({"file": str(out), "preset": preset, "layers": len(model.layers), "size_bytes": after, "source_size_bytes": before})
+        print_json({"file": str(out), "preset": name, "layers": len(model.layers), "size_bytes": after, "source_size_bytes": before})
         return
-    console.print(f"{out}: {preset}, {len(model.layers)} layers, {size_text(before)} -> {size_text(after)}")
+    console.print(f"{out}: {name}, {len(model.layers)} layers, {size_text(before)} -> {size_text(after)}")
 
 
-def _source_path(source: str) -> Path:
+def source_path(source: str) -> Path:
+    """The file a command is to read: a path, or the demo model's UNet."""
     if source == DEMO:
         from ..demo.architecture import MODEL_DIR
 
         return MODEL_DIR / "unet.safetensors"
     return Path(source)
+
+
+def _read_recipe(path: Path):
+    from ..quant.recipe import Recipe
+
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: cannot read the recipe ({error}). Make one with `plan`.") from None
+    return Recipe.from_json(data, str(path))
 
 
 def _check_out(source: Path, out: Path, overwrite: bool) -> None:

@@ -7,6 +7,9 @@ import os
 import folder_paths
 from comfy_api.latest import io
 
+from ..errors import CalibrationError
+from ..hosts.unfinished import RUNS_DONE
+from ..quant.calibration_steps import CalibrationMode
 from .file_names import checked_name, file_state
 from .preview import show
 from .quantize import CATEGORY, CalibrationType
@@ -47,6 +50,30 @@ class StepQuantCalibrate(io.ComfyNode):
                     tooltip="An earlier calibration of the same model that this one is added to: chain several Calibrate nodes, "
                     "one per prompt. Usually not connected.",
                 ),
+                # Last and optional: workflows saved before they existed stay valid.
+                io.Combo.Input(
+                    "mode",
+                    options=[mode.value for mode in CalibrationMode],
+                    default=CalibrationMode.FULL.value,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Which steps are looked at. full (usual): all. srm: all of the first run, then a quarter, the least certain "
+                    "ones. noisiest: the first step alone, many times faster, with one set of scales for all timesteps.",
+                ),
+                io.Boolean.Input(
+                    "sensitivity",
+                    default=False,
+                    optional=True,
+                    tooltip="Also measure how much each layer's noise matters, which Plan needs. Takes some hundred UNet calls more, once. "
+                    "Usually off, on for Plan.",
+                ),
+                io.Boolean.Input(
+                    "resume",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Go on with the calibration of this file_name that was cancelled, with the same settings. Usually off.",
+                ),
             ],
             outputs=[
                 CalibrationType.Output("calibration", display_name="calibration", tooltip="For Quantize SDXL with w8a8-static."),
@@ -71,14 +98,29 @@ class StepQuantCalibrate(io.ComfyNode):
         runs: int = 4,
         file_name: str = "",
         add_to=None,
+        mode: str = CalibrationMode.FULL.value,
+        sensitivity: bool = False,
+        resume: bool = False,
     ) -> io.NodeOutput:
-        from ..hosts.comfy.calibrate import calibrate
+        from ..hosts.comfy.calibrate import PROBES, calibrate
         from ..hosts.comfy.sampling import SamplerSettings
         from ..quant.calibration import merge
 
         path = _path_to_write(file_name) if file_name.strip() else None
         settings = SamplerSettings(steps, cfg, sampler_name, scheduler, denoise)
-        calibration = calibrate(model, positive, negative, latent_image, seed, settings, runs)
+        calibration = calibrate(
+            model,
+            positive,
+            negative,
+            latent_image,
+            seed,
+            settings,
+            runs,
+            mode,
+            PROBES if sensitivity else 0,
+            _unfinished(path) if resume else None,
+            None if path is None else lambda unfinished: unfinished.save(path),
+        )
         if add_to is not None:
             calibration = merge(add_to, calibration)
         if path is not None:
@@ -130,6 +172,15 @@ def _saved_calibrations() -> list[str]:
     return [name for name in folder_paths.get_filename_list(CALIBRATION_FOLDER) if name.endswith(".safetensors")]
 
 
+def _unfinished(path: str | None):
+    """Raises FormatError or CalibrationError if there is nothing to go on from."""
+    from ..quant.calibration import Calibration
+
+    if path is None:
+        raise CalibrationError("resume: no file_name is given. Give that of the calibration that was cancelled, or switch resume off.")
+    return Calibration.load(path)
+
+
 def _path_to_write(file_name: str) -> str:
     """Checked before the long run, so that a bad name costs nothing."""
     folder = folder_paths.get_folder_paths(CALIBRATION_FOLDER)[0]
@@ -139,6 +190,10 @@ def _path_to_write(file_name: str) -> str:
 def _summary(calibration, path: str | None) -> str:
     buckets = {int(bucket) for layer in calibration.layers.values() for bucket in layer.buckets}
     lines = [f"{len(calibration.layers)} layers observed in {len(buckets)} of 64 timestep buckets"]
+    if calibration.sensitivity:
+        lines.append(f"sensitivity of {len(calibration.sensitivity)} layers measured, for Plan")
+    if RUNS_DONE in calibration.summary:
+        lines.append(f"unfinished: {calibration.summary[RUNS_DONE]} of {calibration.summary['runs']} runs")
     if path is not None:
         lines.append(f"saved as {os.path.basename(path)}, {os.path.getsize(path) / 2**20:.1f} MiB")
     return "\n".join(lines)

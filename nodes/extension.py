@@ -7,10 +7,10 @@ import os
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
-from . import calibrate, compare, load, quantize, save, system_check
+from . import calibrate, compare, load, plan, quantize, save, system_check
 from .calibrate import CALIBRATION_FOLDER
 
-FAMILIES = (quantize, calibrate, save, load, compare, system_check)
+FAMILIES = (quantize, calibrate, plan, save, load, compare, system_check)
 
 
 class StepQuantExtension(ComfyExtension):

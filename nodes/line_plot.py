@@ -1,4 +1,4 @@
-"""A line plot as a picture: values per step, several series, mean and worst marked. Not a plotting library."""
+"""Line plots as pictures: values per step with mean and worst marked, or values over any x. Not a plotting library."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .palette import GRID, INK, MUTED, PAPER, SERIES, font
 # Drawn this much larger and then shrunk, because Pillow's lines are not antialiased.
 OVERSAMPLING = 3
 LEFT, TOP, RIGHT, BOTTOM = 74, 78, 28, 58
+LEGEND_ROWS, LEGEND_WIDTH = 4, 150
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,28 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """x, y: one per point, in order; drawn as a line, as steps that hold until the next x, or as a single marked point."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    stepped: bool = False
+
+
+@dataclass(frozen=True)
 class _Axes:
-    """Maps (step, value) to pixels of the oversampled canvas."""
+    """Maps (x, value) to pixels of the oversampled canvas; x is the step in a plot over steps."""
 
     width: int
     height: int
-    steps: int
+    first: float
+    last: float
     low: float
     high: float
 
-    def point(self, step: int, value: float) -> tuple[float, float]:
-        across = 0.5 if self.steps == 1 else step / (self.steps - 1)
+    def point(self, x: float, value: float) -> tuple[float, float]:
+        across = 0.5 if self.last == self.first else (x - self.first) / (self.last - self.first)
         up = (value - self.low) / (self.high - self.low)
         x = LEFT + across * (self.width - LEFT - RIGHT)
         y = self.height - BOTTOM - up * (self.height - TOP - BOTTOM)
@@ -69,8 +81,10 @@ def draw_line_plot(
     values = [value for one in series for value in one.values if math.isfinite(value)]
     if values:
         ticks = nice_ticks(min(values), max(values))
-        axes = _Axes(width, height, max(len(one.values) for one in series), ticks[0], ticks[-1])
-        _draw_axes(draw, axes, ticks, x_label)
+        steps = max(len(one.values) for one in series)
+        axes = _Axes(width, height, 0, steps - 1, ticks[0], ticks[-1])
+        every = max(1, math.ceil(steps / 20))
+        _draw_axes(draw, axes, ticks, {step: str(step + 1) for step in range(0, steps, every)}, x_label)
         for index, one in enumerate(series):
             _draw_series(draw, axes, one, SERIES[index % len(SERIES)])
         _draw_legend(draw, width, series)
@@ -79,16 +93,54 @@ def draw_line_plot(
     return canvas.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _draw_axes(draw: ImageDraw.ImageDraw, axes: _Axes, ticks: Sequence[float], x_label: str) -> None:
+def draw_curves(title: str, x_label: str, y_label: str, curves: Sequence[Curve], width: int = 960, height: int = 480) -> Image.Image:
+    """Draw curves over a common x axis, with a legend right of the title.
+
+    Args:
+        title, x_label, y_label: ASCII (see palette.font). curves: finite values only.
+    Returns: an RGB picture of width x height pixels. Without a point it says so instead.
+    """
+    canvas = Image.new("RGB", (width * OVERSAMPLING, height * OVERSAMPLING), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    _text(draw, (LEFT, 16), title, 20, INK)
+    _text(draw, (LEFT, 46), y_label, 14, MUTED)
+    xs, ys = [value for one in curves for value in one.x], [value for one in curves for value in one.y]
+    if xs:
+        x_ticks, ticks = nice_ticks(min(xs), max(xs), 10), nice_ticks(min(ys), max(ys))
+        axes = _Axes(width, height, x_ticks[0], x_ticks[-1], ticks[0], ticks[-1])
+        _draw_axes(draw, axes, ticks, {tick: f"{tick:g}" for tick in x_ticks}, x_label)
+        for index, one in enumerate(curves):
+            colour = SERIES[index % len(SERIES)]
+            _draw_curve(draw, axes, one, colour)
+            column, row = divmod(index, LEGEND_ROWS)
+            _text(draw, (width - RIGHT - LEGEND_WIDTH * column, 14 + 16 * row), one.label, 13, colour, "ra")
+    else:
+        _text(draw, (width / 2, height / 2), "nothing to draw", 18, MUTED, "mm")
+    return canvas.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _draw_curve(draw: ImageDraw.ImageDraw, axes: _Axes, curve: Curve, colour: tuple[int, int, int]) -> None:
+    points = [axes.point(x, y) for x, y in zip(curve.x, curve.y, strict=True)]
+    if curve.stepped:
+        points = [corner for (x, y), (next_x, _) in pairwise(points) for corner in ((x, y), (next_x, y))] + points[-1:]
+    if len(points) == 1:
+        _draw_dot(draw, points[0], 7.0, colour, PAPER)
+        return
+    draw.line(points, fill=colour, width=int(2.5 * OVERSAMPLING), joint="curve")
+    if not curve.stepped:
+        for point in points:
+            _draw_dot(draw, point, 3.5, colour)
+
+
+def _draw_axes(draw: ImageDraw.ImageDraw, axes: _Axes, ticks: Sequence[float], x_ticks: dict[float, str], x_label: str) -> None:
     for tick in ticks:
-        left, y = axes.point(0, tick)
+        left, y = axes.point(axes.first, tick)
         left, right = LEFT * OVERSAMPLING, (axes.width - RIGHT) * OVERSAMPLING
         draw.line([(left, y), (right, y)], fill=GRID, width=OVERSAMPLING)
         _text(draw, (LEFT - 10, y / OVERSAMPLING), f"{tick:g}", 14, MUTED, "rm")
-    every = max(1, math.ceil(axes.steps / 20))
-    for step in range(0, axes.steps, every):
-        x = axes.point(step, axes.low)[0] / OVERSAMPLING
-        _text(draw, (x, axes.height - BOTTOM + 10), str(step + 1), 14, MUTED, "mt")
+    for place, label in x_ticks.items():
+        x = axes.point(place, axes.low)[0] / OVERSAMPLING
+        _text(draw, (x, axes.height - BOTTOM + 10), label, 14, MUTED, "mt")
     middle = (LEFT + axes.width - RIGHT) / 2
     _text(draw, (middle, axes.height - 12), x_label, 14, MUTED, "mb")
 

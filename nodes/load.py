@@ -9,6 +9,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..errors import FormatError
+from ..hosts.acceleration import OPTIONS, TOOLTIP, Acceleration
 from ..quant.file_format import HEADER_KEY
 from .file_names import file_state
 from .preview import show
@@ -34,6 +35,10 @@ class StepQuantLoad(io.ComfyNode):
                     options=list_files(),
                     tooltip="Files in models/checkpoints and models/diffusion_models that StepQuant made. Press R to see new ones.",
                 ),
+                # Last and optional: workflows saved before it existed stay valid.
+                io.Combo.Input(
+                    "acceleration", options=OPTIONS, default=Acceleration.AUTO.value, optional=True, advanced=True, tooltip=TOOLTIP
+                ),
             ],
             outputs=[
                 io.Model.Output("model", tooltip="The int8 model, for KSampler, LoRA loaders and every other node that takes a MODEL."),
@@ -44,7 +49,7 @@ class StepQuantLoad(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file_name: str) -> str:
+    def fingerprint_inputs(cls, file_name: str, acceleration: str = Acceleration.AUTO.value) -> str:
         return file_state(_find(file_name))
 
     @classmethod
@@ -52,13 +57,13 @@ class StepQuantLoad(io.ComfyNode):
         return True if _find(file_name) else _not_found(file_name)
 
     @classmethod
-    def execute(cls, file_name: str) -> io.NodeOutput:
+    def execute(cls, file_name: str, acceleration: str = Acceleration.AUTO.value) -> io.NodeOutput:
         from ..hosts.comfy.loader import load_quantized
 
         path = _find(file_name)
         if path is None:  # the name came over a link, which ComfyUI does not validate
             raise FormatError(_not_found(file_name))
-        loaded = load_quantized(path, embedding_directory=folder_paths.get_folder_paths("embeddings"))
+        loaded = load_quantized(path, embedding_directory=folder_paths.get_folder_paths("embeddings"), acceleration=acceleration)
         parts = [name for name, part in (("CLIP", loaded.clip), ("VAE", loaded.vae)) if part is not None]
         contents = f"with {' and '.join(parts)}" if parts else "UNet only: connect CLIP and VAE from other loaders"
         text = f"{os.path.basename(file_name)}, {contents}\nUNet {loaded.model.model_size() / 2**20:.0f} MiB"

@@ -9,7 +9,7 @@ INK = (33, 37, 41)
 MUTED = (108, 117, 125)
 GRID = (226, 230, 234)
 # Okabe and Ito's palette: told apart by colour-blind readers too.
-SERIES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167))
+SERIES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (90, 90, 90))
 
 
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

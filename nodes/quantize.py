@@ -9,6 +9,7 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..errors import CalibrationError
+from ..hosts.acceleration import OPTIONS, TOOLTIP, Acceleration
 from ..quant.layers import NEVER_QUANTIZED, find_layers
 from ..quant.recipe import DEFAULT_GROUPS, PRESETS, preset_recipe
 from .base_file import loaded_from
@@ -17,6 +18,7 @@ from .preview import show
 CATEGORY = "StepQuant"
 TOKEN, STATIC = PRESETS
 CalibrationType = io.Custom("STEPQUANT_CALIBRATION")
+RecipeType = io.Custom("STEPQUANT_RECIPE")
 
 
 class StepQuantQuantize(io.ComfyNode):
@@ -53,6 +55,16 @@ class StepQuantQuantize(io.ComfyNode):
                     optional=True,
                     tooltip="From Calibrate or Load calibration. w8a8-static needs it; w8a8-token works without, which is the usual case.",
                 ),
+                # Last and optional: workflows saved before it existed stay valid.
+                io.Combo.Input(
+                    "acceleration", options=OPTIONS, default=Acceleration.AUTO.value, optional=True, advanced=True, tooltip=TOOLTIP
+                ),
+                RecipeType.Input(
+                    "recipe",
+                    optional=True,
+                    tooltip="From Plan. If connected, it decides for every layer, and preset and timestep_groups are not used. "
+                    "Usually not connected.",
+                ),
             ],
             outputs=[
                 io.Model.Output("model", tooltip="The int8 model, for KSampler, LoRA loaders and every other node that takes a MODEL."),
@@ -62,25 +74,34 @@ class StepQuantQuantize(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, preset: str, timestep_groups: int = DEFAULT_GROUPS, calibration=None) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        preset: str,
+        timestep_groups: int = DEFAULT_GROUPS,
+        calibration=None,
+        acceleration: str = Acceleration.AUTO.value,
+        recipe=None,
+    ) -> io.NodeOutput:
         from ..hosts.comfy.quantize import quantize_model
 
-        if preset == STATIC and calibration is None:
+        if calibration is None and (preset == STATIC if recipe is None else recipe.needs_calibration):
             raise CalibrationError(
-                f"preset {preset}: no calibration is connected; it needs one for its scales. "
+                f"{f'preset {preset}' if recipe is None else 'the plan'}: no calibration is connected; it needs one for its scales. "
                 "Connect Calibrate (StepQuant), or choose w8a8-token."
             )
         path = loaded_from(model)
         shapes = {name: tensor.shape for name, tensor in model.model.diffusion_model.state_dict().items()}
-        recipe = preset_recipe(preset, find_layers(shapes), timestep_groups)
+        recipe = recipe or preset_recipe(preset, find_layers(shapes), timestep_groups)
         bar = comfy.utils.ProgressBar(len(recipe.schemes))
         quantized = quantize_model(
             model,
             recipe,
-            calibration if preset == STATIC else None,
+            calibration if recipe.needs_calibration else None,
             progress=bar.update_absolute,
             check_interrupt=comfy.model_management.throw_exception_if_processing_interrupted,
             base_model={"name": os.path.basename(path) if path else None, "sha256": None},
+            acceleration=acceleration,
         )
         summary = _summary(model, quantized, recipe)
         return io.NodeOutput(quantized, summary, ui=show(cls, summary))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import comfy.model_management
 import comfyui_version
@@ -39,24 +39,26 @@ class StepQuantSystemCheck(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
+        from ..hosts.comfy.graph import describe_runners
         from ..kernels.dispatch import choose_backend, describe
 
         device = comfy.model_management.get_torch_device()
-        report = write_report(describe(), str(device), choose_backend(device))
+        report = write_report(describe(), str(device), choose_backend(device), describe_runners())
         return io.NodeOutput(report, ui=show(cls, report))
 
 
-def write_report(found: Mapping, device: str, choice) -> str:
+def write_report(found: Mapping, device: str, choice, models: Sequence[str] = ()) -> str:
     """The report as text.
 
     Args:
         found: what kernels.dispatch.describe returns. device: the one ComfyUI computes on, such as cuda:0.
-        choice: the BackendChoice of that device.
+        choice: the BackendChoice of that device. models: one sentence for each quantized model in memory, on its CUDA graphs.
     """
     names = {one["device"]: one["name"] for one in found["devices"]}
     lines = [f"{names.get(device, device)}: {MEANING.get(choice.backend.value, choice.backend.value)}."]
     if choice.remedy:
         lines += [f"Why: {choice.reason}.", f"What to do: {choice.remedy}"]
+    lines += [f"Model {number}: {sentence}." for number, sentence in enumerate(models, 1)]
     lines += [
         "",
         f"StepQuant {VERSION}, ComfyUI {comfyui_version.__version__}, dynamic VRAM {'on' if _has_dynamic_vram() else 'off'}",

@@ -20,6 +20,7 @@ from stepquant.demo.checkpoint import write_checkpoint
 from stepquant.demo.pipeline import load_demo_pipeline
 from stepquant.hosts.diffusers.quantize import is_quantized
 from stepquant.quant.calibration import Calibration
+from stepquant.quant.sensitivity import LayerSensitivity
 from stepquant.version import VERSION
 
 
@@ -113,6 +114,58 @@ def test_calibrate_saves_what_quantize_can_use(tmp_path):
     assert json.loads(result.stdout)["prompts"] == ["3d render of a cat"]
     assert len(Calibration.load(file).layers) > 100
     assert run("quantize", "demo", out, "--preset", "w8a8-static", "--calibration", file).exit_code == 0
+
+
+@pytest.fixture(scope="module")
+def probed_calibration(tmp_path_factory):
+    """A calibration of the demo model with made-up sensitivities: measuring them takes minutes."""
+    file = tmp_path_factory.mktemp("calibration") / "c.safetensors"
+    prompts = file.parent / "prompts.txt"
+    prompts.write_text("3d render of a cat\n")
+    assert run("calibrate", "demo", file, "--prompts", prompts, "--steps", 2, "--device", "cpu").exit_code == 0
+    calibration = Calibration.load(file)
+    calibration.sensitivity = {
+        name: LayerSensitivity(torch.tensor([30]), torch.tensor([0.01]), torch.tensor([1.0])) for name in calibration.layers
+    }
+    calibration.save(file)
+    return file
+
+
+def test_plan_writes_a_recipe_that_quantize_follows(probed_calibration, tmp_path):
+    recipe, out = tmp_path / "plan.json", tmp_path / "q.safetensors"
+    protected = "middle_block.1.proj_in"
+    result = run("plan", "demo", probed_calibration, recipe, "--protect", protected, "--groups", 2, "--json")
+    assert result.exit_code == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert plan["integer_mac_share"] >= 0.98 and protected in plan["kept_16_bit"]
+    assert plan["layers"][protected] == {"choice": "fp16", "sqnr_db": None, "noise_share": 0.0}
+    result = run("quantize", "demo", out, "--recipe", recipe, "--calibration", probed_calibration)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(run("inspect", out, "--json").stdout)
+    assert found["preset"] == "plan" and found["quantizable_layers_in_16_bit"] == sorted(plan["kept_16_bit"])
+    assert abs(out.stat().st_size - plan["size_bytes"]) < 0.02 * plan["size_bytes"] + 500_000, "the header is not counted"
+
+
+def test_plan_says_in_a_sentence_what_does_not_fit(probed_calibration, tmp_path):
+    result = run("plan", "demo", probed_calibration, tmp_path / "plan.json", "--max-size-mb", 1, "--grouping", "uniform")
+    assert result.exit_code == 1 and "the smallest file is 14." in " ".join(result.stderr.split())
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_quantize_says_so_when_a_recipe_needs_a_calibration_or_is_none(probed_calibration, tmp_path):
+    recipe = tmp_path / "plan.json"
+    arguments = ("--grouping", "uniform", "--min-sqnr-db", 20)
+    assert run("plan", "demo", probed_calibration, recipe, *arguments).exit_code == 0
+    result = run("quantize", "demo", tmp_path / "q.safetensors", "--recipe", recipe)
+    assert result.exit_code == 1 and "plan: needs --calibration FILE" in " ".join(result.stderr.split())
+    recipe.write_text("{")
+    result = run("quantize", "demo", tmp_path / "q.safetensors", "--recipe", recipe)
+    assert result.exit_code == 1 and "cannot read the recipe" in " ".join(result.stderr.split())
+
+
+def test_calibrate_refuses_an_unknown_mode(tmp_path):
+    result = run("calibrate", "demo", tmp_path / "c.safetensors", "--mode", "some")
+    assert result.exit_code == 1 and "Choose one of full, srm, noisiest" in result.stderr
 
 
 def test_calibrate_refuses_an_empty_list_of_prompts(tmp_path):

@@ -12,6 +12,7 @@ IDS = {
     "StepQuantQuantize",
     "StepQuantCalibrate",
     "StepQuantLoadCalibration",
+    "StepQuantPlan",
     "StepQuantSave",
     "StepQuantLoad",
     "StepQuantCompare",

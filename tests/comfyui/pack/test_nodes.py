@@ -87,6 +87,18 @@ def test_calibrate_leaves_nothing_behind_when_cancelled(graphs):
     assert not list(graphs.base.rglob("*cancelled*"))
 
 
+def test_calibrate_goes_on_where_it_was_cancelled(graphs):
+    given = {"runs": 2, "seed": 97, "file_name": "unfinished"}
+    answer = graphs.run(w.stock_parts() | w.calibrate(**given), cancel_after=w.STEPS + 1)
+    assert not answer["success"] and answer["hooks_left"] == 0
+    saved = {"calibrate": w.node("StepQuantLoadCalibration", file_name="unfinished.safetensors")}
+    assert "unfinished: 1 of 2 runs" in text(
+        graphs.outputs(w.stock_parts() | saved | {"show": w.node("PreviewAny", source=["calibrate", 0])}), "calibrate"
+    )
+    outputs = graphs.outputs(w.stock_parts() | w.calibrate(**given, resume=True))
+    assert "saved as unfinished.safetensors" in text(outputs, "calibrate") and "unfinished: " not in text(outputs, "calibrate")
+
+
 def test_calibrate_checks_the_file_name_before_the_long_run(graphs):
     answer = graphs.run(w.stock_parts() | w.calibrate(seed=98, file_name="../outside"))
     assert "not a usable name" in answer["failure"]["exception_message"]
