@@ -14,15 +14,21 @@ from datetime import datetime, timezone
 GIB = 2**30
 
 
-def start_comfyui(dynamic: bool) -> bool:
-    """What ComfyUI's main.py does before its server starts. Returns whether dynamic VRAM is on."""
+def start_comfyui(dynamic: bool, cpu: bool = False, default_allocator: bool = False) -> bool:
+    """What ComfyUI's main.py does before its server starts. Returns whether dynamic VRAM is on.
+
+    Args: default_allocator: with the allocator that ComfyUI chooses (cudaMallocAsync), which is torch's own otherwise;
+        only before torch is imported.
+    """
     root = os.path.abspath(os.environ["COMFYUI_PATH"])
     sys.path.insert(0, root)
     os.chdir(root)
-    sys.argv = ["main.py"] if dynamic else ["main.py", "--disable-dynamic-vram"]
+    sys.argv = ["main.py", *(["--cpu"] if cpu else []), *([] if dynamic else ["--disable-dynamic-vram"])]
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    if default_allocator:
+        import cuda_malloc  # noqa: F401 - it sets the environment variable that torch reads
     if not dynamic:
         return False
     import comfy_aimdo.control

@@ -1,0 +1,343 @@
+"""A whole UNet step of SDXL: ComfyUI as shipped, its faster settings, its own int8, and ours, in one run and one table.
+
+    COMFYUI_PATH=<a ComfyUI checkout> python speed.py [--out results.jsonl] [--seconds 240] [--profile] [--compile]
+
+Full-size UNet with random weights, 1024x1024, CFG batch 2, fp16; no text encoder and, but for the two sessions at the end,
+no VAE and no sampler. Times are medians of 20 calls by CUDA events. A graph row is the same call in a CUDA graph: ours
+through the runner that ComfyUI uses, the others' recorded here. The first of our rows starts with an empty Triton cache,
+so its first call is the cold start. SQNR is against the fp16 row's output on the same inputs; random weights amplify any
+noise, so it compares modes and says nothing about pictures. Every row is written as soon as it is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from comfyui_session import GIB, start_comfyui, unload
+from speed_table import Table, say
+
+HERE = Path(__file__).resolve().parent
+CALLS = 20
+# What a new process, two models and two pictures take on a slow host; below it the sessions are left out.
+LEAST_SECONDS_FOR_A_SESSION = 30
+
+
+class Gpu:
+    """Times calls on the GPU, or on the CPU for the self-test."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.is_cuda = device == "cuda"
+
+    def wait(self) -> None:
+        import torch
+
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def first(self, call: Callable[[], Any]) -> tuple[Any, float]:
+        """The output and seconds of a first call."""
+        self.wait()
+        start = time.perf_counter()
+        output = call()
+        self.wait()
+        return output, time.perf_counter() - start
+
+    def median_ms(self, call: Callable[[], Any], calls: int = CALLS) -> float:
+        import torch
+
+        for _ in range(3):
+            call()
+        self.wait()
+        if not self.is_cuda:
+            return statistics.median(1000 * self.first(call)[1] for _ in range(2))
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
+        for start, end in events:
+            start.record()
+            call()
+            end.record()
+        self.wait()
+        return statistics.median(start.elapsed_time(end) for start, end in events)
+
+    def forget_peak(self) -> None:
+        import torch
+
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> dict[str, float | None]:
+        """peak_gib: of tensors. reserved_gib: of what torch took for them."""
+        import torch
+
+        figures = (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
+        return dict(zip(("peak_gib", "reserved_gib"), (one() / GIB if self.is_cuda else None for one in figures), strict=True))
+
+
+def load(patcher: Any) -> Any:
+    """All weights on the GPU, nothing else there."""
+    import comfy.model_management
+
+    unload()
+    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+    return patcher
+
+
+def record_graph(call: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
+    """(replay, where its output appears) of a call that nobody records by itself."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        output = call()
+    return graph.replay, output
+
+
+def measure_foreign(table: Table, gpu: Gpu, mode: str, patcher: Any, call: Callable[[], Any]) -> None:
+    """A mode that is not ours: eager, then recorded here."""
+    gpu.forget_peak()
+    output, first_s = gpu.first(call)
+    if table.reference is None:
+        table.reference = output.float().cpu()
+        sqnr = None
+    else:
+        sqnr = table.sqnr(output)
+    step_ms = gpu.median_ms(call)
+    cold = first_s if "compile" in mode else None
+    table.add(mode, False, step_ms=step_ms, **gpu.peak(), cold_start_s=cold, sqnr_db=sqnr)
+    del output
+    if gpu.is_cuda:
+        gpu.forget_peak()
+        replay, output = record_graph(call)
+        replay()
+        step_ms = gpu.median_ms(replay)
+        table.add(mode, True, step_ms=step_ms, **gpu.peak(), sqnr_db=None if sqnr is None else table.sqnr(output))
+
+
+def measure_shipped(table: Table, gpu: Gpu, source: Path, inputs: Any, arguments: argparse.Namespace) -> Any:
+    """ComfyUI's own modes. Returns the fp16 model, which ours are made of."""
+    import speed_models
+    import torch
+
+    fp16 = None
+    with table.attempt("ComfyUI fp16"):
+        fp16 = load(speed_models.load_fp16(source))
+        measure_foreign(table, gpu, "ComfyUI fp16", fp16, inputs.on(fp16))
+    with table.attempt("fp16 channels_last"):
+        torch.backends.cudnn.benchmark = True
+        patcher = load(speed_models.load_channels_last(source))
+        measure_foreign(table, gpu, "fp16 channels_last", patcher, inputs.on(patcher, channels_last=True))
+        del patcher
+    torch.backends.cudnn.benchmark = False
+    if arguments.compile:
+        with table.attempt("fp16 torch.compile"):
+            patcher = load(speed_models.load_fp16(source))
+            measure_foreign(table, gpu, "fp16 torch.compile", patcher, torch.compile(inputs.on(patcher)))
+            del patcher
+    with table.attempt("comfy-kitchen int8 Linears"):
+        patcher = load(speed_models.load_kitchen(source, gpu.device))
+        measure_foreign(table, gpu, "comfy-kitchen int8 Linears", patcher, inputs.on(patcher))
+        del patcher
+    gc.collect()
+    return fp16
+
+
+def measure_ours(
+    table: Table, gpu: Gpu, scheme: str, fp16: Any, calibration: Any, inputs: Any, arguments: argparse.Namespace, cold: bool
+) -> None:
+    """One scheme: the whole UNet as ComfyUI runs it, then the same without a graph, then layer by layer."""
+    from stepquant.hosts.acceleration import Acceleration
+    from stepquant.hosts.comfy.attach import counting_macs, state_of
+    from stepquant.hosts.comfy.quantize import quantize_model
+
+    name = f"ours w8a8-{scheme}"
+    share = None
+
+    def row(mode: str, graph: bool, output: Any, step_ms: float, **more: object) -> None:
+        table.add(mode, graph, step_ms=step_ms, **gpu.peak(), sqnr_db=table.sqnr(output), integer_mac_share=share, **more)
+
+    with table.attempt(name):
+        patcher = load(quantize_model(fp16, f"w8a8-{scheme}", calibration))
+        state, call = state_of(patcher), inputs.on(patcher, ours=True)
+        gpu.forget_peak()
+        output, first_s = gpu.first(call)
+        compiled = _compiled_kernels()
+        with counting_macs(patcher.model) as counter:
+            call()
+        share = counter.integer_share()
+        step_ms = gpu.median_ms(call)
+        reason = state.runner.last_reason
+        split = _profile(call, f"{name}, graph") if arguments.profile and gpu.is_cuda else None
+        more = {"cold_start_s": first_s if cold else None, "first_call_s": first_s, "kernels_compiled": compiled}
+        row(f"{name} fused", reason is None, call(), step_ms, **more, runner=state.runner.describe(), time_split=split)
+        if gpu.is_cuda and reason is not None:
+            say(f"  no graph: {reason}")
+        state.acceleration = Acceleration.FUSED
+        state.runner.release()
+        gpu.forget_peak()
+        call()
+        step_ms = gpu.median_ms(call)
+        split = _profile(call, f"{name}, eager") if arguments.profile and gpu.is_cuda else None
+        row(f"{name} fused", False, call(), step_ms, time_split=split)
+    with table.attempt(f"{name} layerwise"):
+        patcher = load(quantize_model(fp16, f"w8a8-{scheme}", calibration, acceleration=Acceleration.OFF))
+        call = inputs.on(patcher, ours=True)
+        gpu.forget_peak()
+        output, _ = gpu.first(call)
+        row(f"{name} layerwise", False, output, gpu.median_ms(call))
+        if gpu.is_cuda:
+            gpu.forget_peak()
+            replay, output = record_graph(call)
+            replay()
+            row(f"{name} layerwise", True, output, gpu.median_ms(replay))
+
+
+def _profile(call: Callable[[], Any], title: str) -> dict | None:
+    import speed_profile
+
+    try:
+        split = speed_profile.time_split(call)
+    except Exception as error:  # the figures are worth having without it
+        say(f"  no profile: {type(error).__name__}: {error}")
+        return None
+    say("\n".join([f"  {title}: GPU time of a step", *speed_profile.lines(split)]))
+    return split
+
+
+def measure_session(table: Table, mode: str, source: Path, arguments: argparse.Namespace) -> None:
+    """Two pictures in a ComfyUI of their own, with default flags."""
+    if table.seconds_left < LEAST_SECONDS_FOR_A_SESSION:
+        say(f"  left out, time is up: session {mode}")
+        return
+    command = [sys.executable, str(HERE / "speed_session.py"), "--mode", mode, "--source", str(source), "--steps", str(arguments.steps)]
+    command += ["--tiny"] if arguments.tiny else []
+    command += ["--cpu"] if arguments.device == "cpu" else []
+    with table.attempt(f"session {mode}"):
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=max(30, table.seconds_left), check=False)
+        if answer.returncode:
+            log = table.keep(f"session_{mode}.log", answer.stdout + answer.stderr)
+            raise RuntimeError(f"exit code {answer.returncode}; what it said is in {log}")
+        found = json.loads(answer.stdout.strip().splitlines()[-1])
+        say("  " + json.dumps(found))
+        name = "ComfyUI fp16" if mode == "fp16" else "ours w8a8-token fused"
+        graph = (found["runner"] or "").startswith("CUDA graph")
+        table.add(name, graph, kind="session", step_ms=found["step_ms"], peak_gib=found["peak_gib"], session=found)
+
+
+def _compiled_kernels() -> int:
+    return sum(1 for _ in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin"))
+
+
+def facts_of(gpu: Gpu, arguments: argparse.Namespace) -> dict[str, object]:
+    import importlib.metadata
+
+    import speed_models
+    import torch
+
+    versions = {}
+    for package in ("triton", "comfy-kitchen", "comfy-aimdo"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    sm = "".join(map(str, torch.cuda.get_device_capability())) if gpu.is_cuda else None
+    return {
+        "kind": "unet step",
+        "model": (speed_models.TINY if arguments.tiny else speed_models.SDXL).name,
+        "gpu": torch.cuda.get_device_name() if gpu.is_cuda else "CPU",
+        "sm": sm,
+        "torch": torch.__version__,
+        "triton": versions["triton"],
+        "comfy_kitchen": versions["comfy-kitchen"],
+        "comfy_aimdo": versions["comfy-aimdo"],
+        "commit": os.environ.get("STEPQUANT_COMMIT"),
+        "command": arguments.command,
+    }
+
+
+def parse(given: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="append every row to this JSON-lines file")
+    parser.add_argument("--seconds", type=float, default=240, help="rows that would start later than this are left out")
+    parser.add_argument("--steps", type=int, default=20, help="of the two pictures")
+    parser.add_argument("--schemes", nargs="*", choices=("token", "static"), default=["token", "static"])
+    parser.add_argument("--only-ours", action="store_true", help="of the others only fp16, the reference")
+    parser.add_argument("--no-session", action="store_true", help="without the two pictures through ComfyUI's sampler")
+    parser.add_argument("--profile", action="store_true", help="also where the GPU time of our rows goes, by groups of kernels")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile, which takes minutes to start")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="the tests' small model, to try this script")
+    return parser.parse_args(given)
+
+
+def measure(table: Table, gpu: Gpu, folder: Path, arguments: argparse.Namespace) -> None:
+    import speed_models
+    import torch
+
+    size, source = (speed_models.TINY if arguments.tiny else speed_models.SDXL), folder / "unet.safetensors"
+    with torch.inference_mode():
+        with table.attempt("write the source"):
+            speed_models.write_source(source, arguments.tiny)
+        dtype = torch.float16 if gpu.is_cuda else torch.float32
+        inputs, fp16 = speed_models.UNetCall(size, gpu.device, dtype), None
+        if arguments.only_ours:
+            with table.attempt("ComfyUI fp16"):
+                fp16 = load(speed_models.load_fp16(source))
+                measure_foreign(table, gpu, "ComfyUI fp16", fp16, inputs.on(fp16))
+        else:
+            fp16 = measure_shipped(table, gpu, source, inputs, arguments)
+        calibration = None
+        for number, scheme in enumerate(arguments.schemes):
+            if table.seconds_left < 0:
+                say(f"  left out, time is up: w8a8-{scheme}")
+                continue
+            if scheme == "static":
+                with table.attempt("calibrate"):
+                    calibration = speed_models.calibrate_source(fp16, size)
+            measure_ours(table, gpu, scheme, fp16, calibration if scheme == "static" else None, inputs, arguments, cold=number == 0)
+        unload()
+    if not arguments.no_session:
+        for mode in ("int8", "fp16"):
+            measure_session(table, mode, source, arguments)
+
+
+def main() -> int:
+    arguments = parse(sys.argv[1:])
+    arguments.out = arguments.out.resolve() if arguments.out else None
+    arguments.command = " ".join(["speed.py", *sys.argv[1:]])
+    folder = Path(tempfile.mkdtemp(prefix="speed"))
+    # Set before Triton is imported: the first of our calls shall find nothing compiled.
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+    try:
+        start_comfyui(dynamic=False, cpu=arguments.device == "cpu")
+        gpu = Gpu(arguments.device)
+        facts = facts_of(gpu, arguments)
+        say(json.dumps(facts))
+        table = Table(arguments.out, arguments.seconds, facts)
+        measure(table, gpu, folder, arguments)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    table.print_all()
+    say("FAILED: " + ", ".join(table.failed) if table.failed else "all rows measured")
+    return 1 if table.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
