@@ -23,7 +23,7 @@ def matmul_int8(codes: Tensor, qweight: Tensor) -> Tensor:
         codes: (M, K) int8. qweight: (N, K) int8. K <= 65536, or the int32 sums may wrap.
     Returns: (M, N) int32.
     """
-    return _int_mm_padded(codes, qweight) if codes.is_cuda else _fp32_chunks(codes, qweight)
+    return _int_mm_padded(codes, qweight) if codes.is_cuda else _Fp32Product(qweight, codes.shape[0])(codes)
 
 
 def _int_mm_padded(codes: Tensor, qweight: Tensor) -> Tensor:
@@ -37,15 +37,36 @@ def _int_mm_padded(codes: Tensor, qweight: Tensor) -> Tensor:
     return acc[:M, :N].contiguous() if pad_m or pad_n else acc
 
 
-def _fp32_chunks(codes: Tensor, qweight: Tensor) -> Tensor:
-    acc: Tensor | None = None
-    # Autocast would turn these matmuls into bf16 ones, whose results are rounded.
-    with torch.autocast(codes.device.type, enabled=False):
-        for k in range(0, codes.shape[1], EXACT_FP32_TERMS):
-            terms = slice(k, k + EXACT_FP32_TERMS)
-            part = (codes[:, terms].float() @ qweight[:, terms].float().t()).to(torch.int32)
-            acc = part if acc is None else acc.add_(part)
-    return acc
+class _Fp32Product:
+    """codes @ qweight.T for blocks of rows, one after the other, in buffers that all blocks share.
+
+    Fresh memory for every block would cost a CPU more than the product: each page of it has to be cleared first.
+    """
+
+    def __init__(self, qweight: Tensor, rows: int) -> None:
+        """qweight: (N, K) int8. rows: the most that a block has."""
+        N, K = qweight.shape
+        self._chunks = [
+            (slice(k, k + EXACT_FP32_TERMS), qweight[:, k : k + EXACT_FP32_TERMS].float().t()) for k in range(0, K, EXACT_FP32_TERMS)
+        ]
+        self._codes = torch.empty(rows, min(K, EXACT_FP32_TERMS), device=qweight.device)
+        self._part = torch.empty(rows, N, device=qweight.device)
+        self._acc, self._addend = torch.empty(2, rows, N, dtype=torch.int32, device=qweight.device)
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        """(M, K) int8 -> (M, N) int32, valid until the next call."""
+        M = codes.shape[0]
+        part, acc, addend = self._part[:M], self._acc[:M], self._addend[:M]
+        # Autocast would turn these matmuls into bf16 ones, whose results are rounded.
+        with torch.autocast(codes.device.type, enabled=False):
+            for number, (terms, weight) in enumerate(self._chunks):
+                floats = self._codes[:M, : weight.shape[0]].copy_(codes[:, terms])
+                torch.mm(floats, weight, out=part)
+                if number == 0:
+                    acc.copy_(part)
+                else:
+                    acc += addend.copy_(part)
+        return acc
 
 
 def scaled_matmul_int8(
@@ -67,10 +88,11 @@ def scaled_matmul_int8(
         bias: (N,) fp32 or None. y: (M, N) any float dtype, is overwritten.
     """
     M = codes.shape[0]
-    step = max(M, 1) if codes.is_cuda else CPU_ROWS_PER_BLOCK
+    step = max(M, 1) if codes.is_cuda else min(max(M, 1), CPU_ROWS_PER_BLOCK)
+    multiply = (lambda block: _int_mm_padded(block, qweight)) if codes.is_cuda else _Fp32Product(qweight, step)
     for m in range(0, M, step):
         rows = slice(m, min(m + step, M))
-        acc = matmul_int8(codes[rows], qweight)
+        acc = multiply(codes[rows])
         if row_zero_point is not None:
             acc -= row_zero_point[rows, None] * (halo if halo.shape[0] == 1 else halo[rows])
         product = acc * (row_scale[rows, None] * weight_scale)
