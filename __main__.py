@@ -7,8 +7,9 @@ import sys
 
 # Set before torch or a library is imported; what the user has set stands.
 ENVIRONMENT = {
-    # Threads that sleep while waiting: on a busy 2-core machine spinning ones measured 2.6 times slower in all.
-    "OMP_WAIT_POLICY": "PASSIVE",
+    # Threads that spin a little while they wait, then sleep: asleep at once, waking them took most of an idle machine's time
+    # (2 cores: three times slower in all); spinning as long as libgomp does by itself, a busy machine's (2.6 times).
+    "GOMP_SPINCOUNT": "20000",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
