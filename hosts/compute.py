@@ -109,7 +109,7 @@ def conv2d(x: Tensor, layer: LayerTensors, bucket: Tensor, stride: int, padding:
         y = dispatch.int8_conv2d(
             activation, layer.qweight, layer.weight_scale, layer.weight_sums, layer.bias, stride, padding, out_dtype=x.dtype
         )
-    _count(layer, y.numel() * layer.qweight[0].numel(), x.device)
+    count_macs(layer, y.numel() * layer.qweight[0].numel(), x.device)
     return y
 
 
@@ -136,7 +136,7 @@ def _linear_rows(rows: Tensor, layer: LayerTensors, bucket: Tensor | None) -> Te
             dispatch.quantize_static(rows, layer.act_scale, layer.act_zero_point, bucket) if by_bucket else dispatch.quantize_token(rows)
         )
         y = dispatch.int8_gemm(activation, qweight, layer.weight_scale, layer.weight_sums, layer.bias, out_dtype=rows.dtype)
-    _count(layer, rows.shape[0] * qweight.numel(), rows.device)
+    count_macs(layer, rows.shape[0] * qweight.numel(), rows.device)
     return y
 
 
@@ -151,7 +151,8 @@ def _bias_as(layer: LayerTensors, dtype: torch.dtype) -> Tensor | None:
     return None if layer.bias is None else layer.bias.to(dtype)
 
 
-def _count(layer: LayerTensors, macs: int, device: torch.device) -> None:
+def count_macs(layer: LayerTensors, macs: int, device: torch.device) -> None:
+    """Tell the layer's counter, if it has one, of a call's multiply-adds, and whether they ran as integers."""
     if layer.counter is not None:
         integer = not layer.keeps_float_input and dispatch.choose_backend(device).backend.is_integer
         layer.counter.record(layer.name, macs, integer)

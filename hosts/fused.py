@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels import dispatch
 from ..kernels.dispatch import DynamicScale, QuantizedActivation, StaticScale
-from .compute import LayerTensors
+from .compute import LayerTensors, count_macs
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def product(rows: QuantizedActivation, layer: LayerTensors, dtype: torch.dtype, 
     """A Linear or 1x1 convolution on codes (M, K) -> (M, N) dtype. addend: (M, N) contiguous, any float dtype, added in fp32."""
     qweight = layer.qweight.flatten(1)  # (N, K): a 1x1 conv's codes too
     y = dispatch.int8_gemm(rows, qweight, layer.weight_scale, layer.weight_sums, layer.bias, out_dtype=dtype, addend=addend)
-    _count(layer, rows.rows * qweight.numel(), y.device)
+    count_macs(layer, rows.rows * qweight.numel(), y.device)
     return y
 
 
@@ -95,7 +95,7 @@ def products(rows: QuantizedActivation, layers: Sequence[LayerTensors], dtype: t
     weights = [dispatch.LinearWeight(layer.qweight, layer.weight_scale, layer.weight_sums, layer.bias) for layer in layers]
     outputs = dispatch.int8_gemm_many(rows, weights, out_dtype=dtype)
     for layer in layers:
-        _count(layer, rows.rows * layer.qweight.numel(), rows.codes.device)
+        count_macs(layer, rows.rows * layer.qweight.numel(), rows.codes.device)
     return outputs
 
 
@@ -105,7 +105,7 @@ def gated_product(rows: QuantizedActivation, layer: LayerTensors, dtype: torch.d
     Args: static: the next layer's stored scales; without them its input is made in dtype and quantized per token.
     """
     arguments = (rows, layer.qweight, layer.weight_scale, layer.weight_sums, layer.bias)
-    _count(layer, rows.rows * layer.qweight.numel(), rows.codes.device)
+    count_macs(layer, rows.rows * layer.qweight.numel(), rows.codes.device)
     if static is None:
         return dispatch.quantize_token(dispatch.int8_geglu_gemm(*arguments, out_dtype=dtype))
     scale = static.scale.index_select(0, static.bucket)
@@ -123,10 +123,5 @@ def convolution(
     y = dispatch.int8_conv2d(
         images, layer.qweight, layer.weight_scale, layer.weight_sums, layer.bias, stride, padding, out_dtype=dtype, addend=addend
     )
-    _count(layer, y.numel() * layer.qweight[0].numel(), y.device)
+    count_macs(layer, y.numel() * layer.qweight[0].numel(), y.device)
     return y
-
-
-def _count(layer: LayerTensors, macs: int, device: torch.device) -> None:
-    if layer.counter is not None:
-        layer.counter.record(layer.name, macs, dispatch.choose_backend(device).backend.is_integer)

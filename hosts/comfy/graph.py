@@ -23,7 +23,7 @@ from comfy.cli_args import args
 from torch import Tensor, nn
 
 from ..acceleration import Acceleration
-from .graph_capture import CudaRecorder, Recording
+from .graph_capture import CudaRecorder, Recording, is_capturing
 from .graph_inputs import StaticInputs, UNetCall
 from .graph_limits import ForeignCode, unsuitable
 from .guard import Unowned
@@ -98,7 +98,7 @@ class UNetRunner:
         """As ComfyUI's UNetModel._forward."""
         options = {} if transformer_options is None else transformer_options
         call = UNetCall(x, timesteps, context, y, control, options, others)
-        if torch.compiler.is_compiling() or _is_capturing(x.device):  # nothing may be filled or noted in somebody else's graph
+        if torch.compiler.is_compiling() or is_capturing(x.device):  # nothing may be filled or noted in somebody else's graph
             return self._inner_call(call)
         if self.residency.lease.held:  # called from inside of a call
             return self._eager(call)
@@ -287,8 +287,3 @@ def _inner_forward(unet: nn.Module) -> Callable[..., Tensor]:
 def describe_runners() -> list[str]:
     """One sentence for each quantized model in memory."""
     return [runner.describe() for runner in _runners]
-
-
-def _is_capturing(device: torch.device) -> bool:
-    """Whether somebody else records a graph around this call."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

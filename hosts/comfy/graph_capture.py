@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a graph is being recorded around this call, by whomever."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Recording:
     """One graph and the tensor it leaves its result in."""
 

@@ -75,6 +75,11 @@ class QuantizableOp:
         return is_quantized(self.weight)
 
     @property
+    def is_held(self) -> bool:
+        """Whether the layer's tensors, `resident`, stay in place while others are fetched. Not while its multiply-adds are counted."""
+        return self.resident is not None and self.resident.lease.held and self.counter is None
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         return self._placement["dtype"] or torch.get_default_dtype()
 
@@ -174,9 +179,8 @@ class QuantizableOp:
         """
         if not self._kernels_fit():
             return NOTHING
-        resident = self.resident
-        if resident is not None and resident.lease.held and self.counter is None:
-            return resident
+        if self.is_held:
+            return self.resident
         return _Borrowed(self, x) if self.is_quantized and not self.weight_function else NOTHING
 
     def fetch(self, x: Tensor) -> comfy.ops.CastBiasWeightContext:
@@ -243,9 +247,8 @@ class QuantizableOp:
             self.tap.observe(x)
         if self.is_quantized:
             return self._forward_quantized(x)
-        resident = self.resident
-        if resident is not None and resident.lease.held and resident.weight.dtype == x.dtype and self.counter is None:
-            return self._float(x, resident.weight, resident.bias)
+        if self.is_held and self.resident.weight.dtype == x.dtype:
+            return self._float(x, self.resident.weight, self.resident.bias)
         return self._count_float(self.forward_comfy_cast_weights(x))
 
 

@@ -18,6 +18,7 @@ from ....kernels.group_norm_silu_quantize import GROUPS
 from ....kernels.layer_norm_quantize import MAX_ROW
 from ....quant.scheme import ActivationMode, ComputeType
 from ... import fused
+from ..graph_capture import is_capturing
 from ..ops import QuantizableOp, borrow_norm
 
 FUSABLE = (ActivationMode.TOKEN, ActivationMode.STATIC)
@@ -36,7 +37,7 @@ def stored_scale(layer: QuantizableOp, bucket: Tensor, units: int) -> StaticScal
     if layer.scheme.activation is not ActivationMode.STATIC or layer.act_scale is None or units % bucket.numel():
         return None
     # While weights are held, so are copies of the tables that stay where they are: a CUDA graph reads those.
-    tables = layer.resident.tensors if _is_held(layer) else layer
+    tables = layer.resident.tensors if layer.is_held else layer
     zero_point = tables.act_zero_point
     return StaticScale(tables.act_scale.to(bucket.device), None if zero_point is None else zero_point.to(bucket.device), bucket)
 
@@ -68,7 +69,7 @@ class NormedLinears:
             return True
         tables = [table for layer in self._layers for table in (layer.act_scale, layer.act_zero_point)]
         if self._tables is None or any(new is not old for new, old in zip(tables, self._tables, strict=True)):
-            if self._tables is not None and _is_capturing(tables[0]):
+            if self._tables is not None and is_capturing(tables[0].device):
                 return self._shared  # a model that was moved; nothing may wait here
             self._tables = tables
             self._shared = all(_equal(table, first) for table, first in zip(tables, tables[:2] * len(self._layers), strict=True))
@@ -81,7 +82,7 @@ class NormedLinears:
                 return None
             static = stored_scale(self._layers[0], bucket, x.numel() // x.shape[-1])
             codes, y = fused.layer_norm(x, norm, static, has_branch)
-        if len(self._layers) > 1 and not has_branch and all(_is_held(layer) for layer in self._layers):
+        if len(self._layers) > 1 and not has_branch and all(layer.is_held for layer in self._layers):
             together = fused.products(codes, [layer.resident.tensors for layer in self._layers], x.dtype)
             return [output.view(*x.shape[:-1], -1) for output in together]
         outputs = []
@@ -231,14 +232,5 @@ class UpsampledConv:
             return fused.convolution(codes, tensors, x.dtype, conv.stride[0], conv.padding[0])
 
 
-def _is_held(layer: QuantizableOp) -> bool:
-    """Whether the layer's tensors stay in place while others are fetched. Not while its multiply-adds are counted."""
-    return layer.resident is not None and layer.resident.lease.held and layer.counter is None
-
-
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
-
-
-def _is_capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
