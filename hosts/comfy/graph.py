@@ -66,7 +66,7 @@ class UNetRunner:
         self._recorder: CudaRecorder | None = None
         self._recorder_device: torch.device | None = None
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
-        self._seen: OrderedDict[Hashable, None] = OrderedDict()
+        self._seen: OrderedDict[Hashable, Tensor] = OrderedDict()
         self._standing: Hashable = None
         self._blocked: str | None = None
         self._paused: list[str] = []
@@ -174,9 +174,10 @@ class UNetRunner:
             if not self._record(key, call):
                 return self._eager(call)
         else:  # the first call of its kind compiles kernels; and a size that does not come again costs no memory
-            self._remember(key)
             self.residency.lend()
-            return self._recorder.warm_up(lambda: self._inner_call(call))
+            output = self._recorder.warm_up(lambda: self._inner_call(call))
+            self._remember(key, output)
+            return output
         graph = self._graphs[key]
         graph.inputs.load(call)
         self.replays += 1
@@ -211,7 +212,9 @@ class UNetRunner:
         inputs.load(call)
         static = inputs.call(call.transformer_options)
         try:
-            recording = self._recorder.record(lambda: self._inner_call(static))
+            with torch.inference_mode(False):
+                output = torch.empty_like(self._seen[key], device=call.x.device)
+            recording = self._recorder.record(lambda: self._inner_call(static), output)
         except Exception as error:
             if comfy.model_management.is_oom(error):
                 raise
@@ -223,8 +226,8 @@ class UNetRunner:
         self._graphs[key] = _Graph(inputs, recording, self._state.tap.tensors())
         return True
 
-    def _remember(self, key: Hashable) -> None:
-        self._seen[key] = None
+    def _remember(self, key: Hashable, output: Tensor) -> None:
+        self._seen[key] = torch.empty_like(output, device="meta")
         while len(self._seen) > LARGEST_NUMBER_OF_SIZES_SEEN:
             self._seen.popitem(last=False)
 

@@ -50,13 +50,17 @@ class CudaRecorder:
         current.wait_stream(self._stream)
         return output.clone()
 
-    def record(self, work: Callable[[], Tensor]) -> Recording:
-        """Record the work without running it. Raises what CUDA raises if it cannot be recorded."""
+    def record(self, work: Callable[[], Tensor], output: Tensor) -> Recording:
+        """Record the work without running it. Raises what CUDA raises if it cannot be recorded.
+
+        Args: output: where the graph leaves its result; from outside, so that nothing the graph allocates outlives it:
+            cudaMallocAsync cannot free that once the graph is gone.
+        """
         graph = torch.cuda.CUDAGraph()
         # thread_local, as ComfyUI's own graphs: another thread may be loading a model.
         with (
             torch.cuda.device(self._device),
             torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
         ):
-            output = work()
+            output.copy_(work())
         return Recording(graph, output)

@@ -7,13 +7,13 @@ from stepquant.hosts.comfy.graph import bind_runner
 
 
 class FakeRecording:
-    def __init__(self, work):
-        self.work = work
+    def __init__(self, work, output):
+        self.work, self.output = work, output
         self.released = False
 
     def replay(self):
         assert not self.released
-        return self.work()
+        return self.output.copy_(self.work()).clone()
 
     def release(self):
         self.released = True
@@ -31,10 +31,10 @@ class FakeRecorder:
         self.warm_ups += 1
         return work()
 
-    def record(self, work):
+    def record(self, work, output):
         if self.error is not None:
             raise self.error
-        self.recordings.append(FakeRecording(work))
+        self.recordings.append(FakeRecording(work, output))
         return self.recordings[-1]
 
     @property

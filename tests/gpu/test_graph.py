@@ -29,7 +29,7 @@ def _close(actual, expected):
 def test_replay_sees_new_inputs_and_weights(recorder):
     x, weight, work = _network(32)
     warm = recorder.warm_up(work)
-    recording = recorder.record(work)
+    recording = recorder.record(work, torch.empty_like(work()))
     assert _close(recording.replay(), warm)
     x.copy_(torch.randn_like(x))
     weight.mul_(0.5)
@@ -39,7 +39,7 @@ def test_replay_sees_new_inputs_and_weights(recorder):
 def test_results_of_two_replays_are_two_tensors(recorder):
     x, _weight, work = _network(16)
     recorder.warm_up(work)
-    recording = recorder.record(work)
+    recording = recorder.record(work, torch.empty_like(work()))
     first = recording.replay()
     kept = first.clone()
     x.zero_()
@@ -52,7 +52,7 @@ def test_graphs_that_share_memory_do_not_spoil_each_other(recorder):
     recordings = []
     for *_, work in networks:
         recorder.warm_up(work)
-        recordings.append(recorder.record(work))
+        recordings.append(recorder.record(work, torch.empty_like(work())))
     for _ in range(3):
         for (x, _, work), recording in zip(networks, recordings, strict=True):
             x.copy_(torch.randn_like(x))
@@ -61,11 +61,11 @@ def test_graphs_that_share_memory_do_not_spoil_each_other(recorder):
 
 def test_released_graphs_give_their_memory_back(recorder):
     _x, _weight, work = _network(256)
-    recorder.warm_up(work)
-    recorder.record(work).release()  # what libraries keep for the recording stream stays
+    output = torch.empty_like(recorder.warm_up(work))
+    recorder.record(work, output).release()  # what libraries keep for the recording stream stays
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
-    recording = recorder.record(work)
+    recording = recorder.record(work, output)
     assert torch.cuda.memory_reserved() > before
     recording.release()
     torch.cuda.empty_cache()
@@ -75,10 +75,10 @@ def test_released_graphs_give_their_memory_back(recorder):
 def test_work_that_waits_for_the_gpu_cannot_be_recorded_and_does_no_harm(recorder):
     x, _weight, work = _network(16)
     with pytest.raises(RuntimeError):
-        recorder.record(lambda: work() * work().sum().item())
+        recorder.record(lambda: work() * work().sum().item(), torch.empty_like(work()))
     assert _close(work(), work())
     other = CudaRecorder(DEVICE)
     other.warm_up(work)
-    recording = other.record(work)
+    recording = other.record(work, torch.empty_like(work()))
     x.copy_(torch.randn_like(x))
     assert _close(recording.replay(), work())

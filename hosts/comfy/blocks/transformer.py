@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..guard import Guard, Unowned, is_stock
 from ..kv_cache import CrossAttentionCache
-from .attention import cross_attention, self_attention
+from .attention import attend
 from .call_scope import CallScope
 from .layers import AddedLinear, GatedLinears, NormedLinears
 
@@ -84,11 +84,11 @@ class FusedTransformerBlock:
         comfy.ops.run_every_op()
         bucket = self._scope.bucket(x.device)
         q, k, v = self._own_inputs(x, bucket)
-        y = self_attention(q, k, v, self._heads, self._precision, options, self._scope.cudnn_first)
+        y = attend(q, k, v, self._heads, self._precision, options, self._scope.cudnn_first)
         x = self._own_output(y, x, bucket)
         (q,) = self._query(x, bucket)
         k, v = self._cache.lookup(self._cross_name) or (self._cross.to_k(context), self._cross.to_v(context))
-        y = cross_attention(q, k, v, self._heads, self._precision, options)
+        y = attend(q, k, v, self._heads, self._precision, options, self._scope.cudnn_first)
         x = self._cross_output(y, x, bucket)
         return self._feed_forward(x, x, bucket)
 
