@@ -104,13 +104,9 @@ def gated_product(rows: QuantizedActivation, layer: LayerTensors, dtype: torch.d
 
     Args: static: the next layer's stored scales; without them its input is made in dtype and quantized per token.
     """
-    arguments = (rows, layer.qweight, layer.weight_scale, layer.weight_sums, layer.bias)
     count_macs(layer, rows.rows * layer.qweight.numel(), rows.codes.device)
-    if static is None:
-        return dispatch.quantize_token(dispatch.int8_geglu_gemm(*arguments, out_dtype=dtype))
-    scale = static.scale.index_select(0, static.bucket)
-    zero_point = None if static.zero_point is None else static.zero_point.index_select(0, static.bucket)
-    return dispatch.int8_geglu_gemm(*arguments, out_dtype=dtype, out_scale=scale, out_zero_point=zero_point)
+    y = dispatch.int8_geglu_gemm(rows, layer.qweight, layer.weight_scale, layer.weight_sums, layer.bias, out_dtype=dtype, static=static)
+    return dispatch.quantize_token(y) if static is None else y
 
 
 def convolution(

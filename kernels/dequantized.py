@@ -17,6 +17,8 @@ from .int8_geglu_gemm import check_geglu_gemm, geglu
 from .int8_gemm import check_gemm
 from .int8_gemm_many import checked_weights
 from .int8_upsample_conv2d import PhaseWeight, check_upsample
+from .quantize_static import quantize_static_ref
+from .static_scale import StaticScale
 
 
 def dequantized_gemm(
@@ -52,14 +54,12 @@ def dequantized_geglu_gemm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
     *,
-    out_scale: Tensor | None = None,
-    out_zero_point: Tensor | None = None,
+    static: StaticScale | None = None,
 ) -> Tensor | QuantizedActivation:
     """int8_geglu_gemm_ref's result up to the rounding of `out_dtype`; same arguments, same errors."""
-    finish = Finish(None, out_scale, out_zero_point)
-    check_geglu_gemm(activation, qweight, weight_scale, weight_sum, bias, finish)
-    y = _linear("int8_geglu_gemm", activation, None, qweight, weight_scale, bias, out_dtype, Finish())
-    return finish.apply(geglu(y), out_dtype)
+    check_geglu_gemm(activation, qweight, weight_scale, weight_sum, bias, static)
+    y = geglu(_linear("int8_geglu_gemm", activation, None, qweight, weight_scale, bias, out_dtype, Finish()))
+    return y.to(out_dtype) if static is None else quantize_static_ref(y, static.scale, static.zero_point, static.bucket)
 
 
 def dequantized_fp8_gemm(

@@ -28,6 +28,7 @@ from .dequantized import (
 from .fp8_conv2d import fp8_conv2d_ref
 from .fp8_gemm import fp8_gemm_ref
 from .geglu_quantize import geglu_quantize_ref
+from .group_norm_silu import group_norm_silu_ref
 from .group_norm_silu_quantize import DynamicScale, group_norm_silu_quantize_ref
 from .int8_conv2d import border_sums, int8_conv2d_ref
 from .int8_geglu_gemm import int8_geglu_gemm_ref
@@ -61,6 +62,7 @@ __all__ = [
     "fp8_conv2d",
     "fp8_gemm",
     "geglu_quantize",
+    "group_norm_silu",
     "group_norm_silu_quantize",
     "grouped_border_sums",
     "int8_attention",
@@ -85,6 +87,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "quantize_static": quantize_static_ref,
     "quantize_channel_group": quantize_channel_group_ref,
     "layer_norm_quantize": layer_norm_quantize_ref,
+    "group_norm_silu": group_norm_silu_ref,
     "group_norm_silu_quantize": group_norm_silu_quantize_ref,
     "geglu_quantize": geglu_quantize_ref,
     "int8_gemm": int8_gemm_ref,
@@ -170,6 +173,11 @@ def group_norm_silu_quantize(
     return implementation(segments, weight, bias, eps, silu, static, dynamic, joined)
 
 
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """GroupNorm and SiLU of x (B, C, H, W) as floats, channels_last; see group_norm_silu_ref."""
+    return _implementation("group_norm_silu", x.device)(x, weight, bias, eps)
+
+
 def geglu_quantize(x: Tensor, static: StaticScale | None = None) -> QuantizedActivation:
     """GEGLU of x (M, 2N) as codes (M, N); see geglu_quantize_ref."""
     return _implementation("geglu_quantize", x.device)(x, static)
@@ -209,13 +217,11 @@ def int8_geglu_gemm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
     *,
-    out_scale: Tensor | None = None,
-    out_zero_point: Tensor | None = None,
+    static: StaticScale | None = None,
 ) -> Tensor | QuantizedActivation:
     """Linear layer and GEGLU on int8 codes -> (M, N) out_dtype, or codes, of a weight (2N, K); see int8_geglu_gemm_ref."""
     implementation = _implementation("int8_geglu_gemm", activation.codes.device)
-    extras = {"out_scale": out_scale, "out_zero_point": out_zero_point}
-    return implementation(activation, qweight, weight_scale, weight_sum, bias, out_dtype, **extras)
+    return implementation(activation, qweight, weight_scale, weight_sum, bias, out_dtype, static=static)
 
 
 def int8_conv2d(

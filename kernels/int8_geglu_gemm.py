@@ -8,8 +8,11 @@ from torch.nn import functional
 
 from ..errors import LayoutError
 from .activation import QuantizedActivation
-from .finish import Finish
 from .int8_gemm import check_gemm, int8_gemm_ref
+from .quantize_static import quantize_static_ref
+from .static_scale import StaticScale
+
+OPERATION = "int8_geglu_gemm"
 
 
 def check_geglu_gemm(
@@ -18,16 +21,17 @@ def check_geglu_gemm(
     weight_scale: Tensor,
     weight_sum: Tensor | None,
     bias: Tensor | None,
-    finish: Finish,
+    static: StaticScale | None,
 ) -> None:
     """Raise LayoutError unless the operands of int8_geglu_gemm fit together."""
     check_gemm(activation, qweight, weight_scale, weight_sum, bias)
     if qweight.shape[0] % 2:
         raise LayoutError(
-            f"int8_geglu_gemm: {qweight.shape[0]} output channels; an even number, values before gates, is needed. "
+            f"{OPERATION}: {qweight.shape[0]} output channels; an even number, values before gates, is needed. "
             "Pass the whole weight of the projection."
         )
-    finish.check("int8_geglu_gemm", activation.rows, qweight.shape[0] // 2)
+    if static is not None:
+        static.rows_per_scale(OPERATION, activation.rows, activation.rows)
 
 
 def geglu(y: Tensor) -> Tensor:
@@ -44,8 +48,7 @@ def int8_geglu_gemm_ref(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
     *,
-    out_scale: Tensor | None = None,
-    out_zero_point: Tensor | None = None,
+    static: StaticScale | None = None,
 ) -> Tensor | QuantizedActivation:
     """A Linear layer and GEGLU on int8 codes; what lies between them is fp32 and never stored.
 
@@ -53,11 +56,11 @@ def int8_geglu_gemm_ref(
     Args:
         activation: codes (M, K). qweight: (2N, K) int8, K contiguous, the rows of the values before those of the gates.
         weight_scale, weight_sum, bias: (2N,), as of int8_gemm_ref.
-        out_scale, out_zero_point: (S,); store codes. See finish.py.
-    Returns: (M, N) out_dtype; with out_scale a QuantizedActivation with codes (M, N).
+        static: store codes, by quantize_static's formula; its samples divide M.
+    Returns: (M, N) out_dtype; with `static` a QuantizedActivation with codes (M, N).
     Raises: LayoutError if the shapes do not fit or K > 65535.
     Source: GLU Variants Improve Transformer (arXiv 2002.05202), section 2.
     """
-    finish = Finish(None, out_scale, out_zero_point)
-    check_geglu_gemm(activation, qweight, weight_scale, weight_sum, bias, finish)
-    return finish.apply(geglu(int8_gemm_ref(activation, qweight, weight_scale, weight_sum, bias, torch.float32)), out_dtype)
+    check_geglu_gemm(activation, qweight, weight_scale, weight_sum, bias, static)
+    y = geglu(int8_gemm_ref(activation, qweight, weight_scale, weight_sum, bias, torch.float32))
+    return y.to(out_dtype) if static is None else quantize_static_ref(y, static.scale, static.zero_point, static.bucket)

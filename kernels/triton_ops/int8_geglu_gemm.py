@@ -11,18 +11,20 @@ from torch import Tensor
 
 from ..activation import QuantizedActivation
 from ..design import Design, default_gemm_design
-from ..finish import Finish
-from ..int8_geglu_gemm import check_geglu_gemm
+from ..int8_geglu_gemm import OPERATION, check_geglu_gemm
+from ..static_scale import StaticScale
 from ..tables import Product, tuned_design
 from .accumulate import gemm_from_pointers, tile_position
 from .activations import gelu_erf
-from .epilogue import halves, in_parts, store_tile
+from .encoding import encode, reciprocal, static_entry
+from .epilogue import halves, in_parts
 from .gemm_kernel import scaled_sums
 from .int8_gemm import design_constants, divides_k, fitting, k_contiguous, optional_bias
 from .launch import cdiv, compute_capability, describe, on_device
+from .scale_entries import scale_entries
 
 # Sizes whose value or divisibility must not make another compiled kernel: none of them is a stride.
-RUNTIME_ONLY = ["M", "has_bias", "rows_per_scale", "rows_per_out_scale"]
+RUNTIME_ONLY = ["M", "has_bias", "rows_per_scale", "rows_per_entry"]
 
 
 @triton.jit
@@ -60,15 +62,35 @@ def _projected(
     return y + tl.load(bias_ptr + columns, mask=inside_n & (columns < bias_end), other=0.0).to(tl.float32)[None, :]
 
 
+@triton.jit
+def _gated(
+    values, gates, scale_ptr, zero_point_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, bias_end, rows, rows_per_scale, columns, N,
+    inside_m, inside_n,
+):  # fmt: skip
+    """value * gelu(gate), fp32, of some of a tile's columns."""
+    gate = _projected(
+        gates, scale_ptr, zero_point_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, bias_end, rows, rows_per_scale, N + columns,
+        inside_m, inside_n,
+    )  # fmt: skip
+    return gelu_erf(gate) * _projected(
+        values, scale_ptr, zero_point_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, bias_end, rows, rows_per_scale, columns,
+        inside_m, inside_n,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=RUNTIME_ONLY)
 def _geglu_gemm_kernel(
     codes, qweight, y_ptr,
-    scale_ptr, zero_point_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, has_bias, out_scale_ptr, out_zero_point_ptr,
-    M, N, K, stride_am, stride_wn, rows_per_scale, rows_per_out_scale,
+    scale_ptr, zero_point_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, has_bias,
+    table_ptr, zero_table_ptr, bucket_ptr, out_scale_ptr, out_zero_point_ptr,
+    M, N, K, stride_am, stride_wn, rows_per_scale, rows_per_entry,
     TMA: tl.constexpr, ACC: tl.constexpr, EVEN_K: tl.constexpr, UNROLL: tl.constexpr, PARTS: tl.constexpr,
     GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """codes and qweight are pointers, or descriptors if TMA, the weight's then of (2, N, K). N counts the values."""
+    """codes and qweight are pointers, or descriptors if TMA, the weight's then of (2, N, K). N counts the values.
+
+    With a table_ptr codes are stored, and their entries' scales and zero points in out_scale_ptr and out_zero_point_ptr.
+    """
     HALF: tl.constexpr = BLOCK_N // 2
     WIDTH: tl.constexpr = HALF // PARTS
     tile_m, tile_n = tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, HALF), GROUP_M)
@@ -87,21 +109,26 @@ def _geglu_gemm_kernel(
     gate_parts = in_parts(gates, PARTS, BLOCK_M, HALF)
     local_n = tl.arange(0, WIDTH)
     bias_end = has_bias * 2 * N
+    if table_ptr is not None:
+        HAS_ZERO_POINT: tl.constexpr = zero_table_ptr is not None
+        local_rows = rows.to(tl.int32)
+        entry = local_rows // rows_per_entry
+        first = inside_m & (local_rows % rows_per_entry + tile_n == 0)
+        out_scale, out_zero_point = static_entry(
+            table_ptr, zero_table_ptr, bucket_ptr, out_scale_ptr, out_zero_point_ptr, entry, inside_m, first, HAS_ZERO_POINT
+        )
+        inverse = reciprocal(out_scale)[:, None]
+        zero_points = out_zero_point[:, None]
     for part in tl.static_range(PARTS):
         part_n = first_n + part * WIDTH
-        inside_n = local_n < N - part_n
-        columns = part_n + local_n
-        gate = _projected(
-            gate_parts[part], scale_ptr, zero_point_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, bias_end,
-            rows, rows_per_scale, N + columns, inside_m, inside_n,
+        y = _gated(
+            value_parts[part], gate_parts[part], scale_ptr, zero_point_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, bias_end,
+            rows, rows_per_scale, part_n + local_n, N, inside_m, local_n < N - part_n,
         )  # fmt: skip
-        y = gelu_erf(gate) * _projected(
-            value_parts[part], scale_ptr, zero_point_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, bias_end,
-            rows, rows_per_scale, columns, inside_m, inside_n,
-        )  # fmt: skip
-        store_tile(
-            y, y_ptr, first_m, local_m, part_n, local_n, inside_m, inside_n, N, out_scale_ptr, out_zero_point_ptr, rows_per_out_scale
-        )
+        if table_ptr is not None:
+            y = encode(y, inverse, zero_points, HAS_ZERO_POINT)
+        inside = inside_m[:, None] & (local_n < N - part_n)[None, :]
+        tl.store(y_ptr + (first_m * N + part_n) + local_m[:, None] * N + local_n[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def int8_geglu_gemm(
@@ -112,17 +139,15 @@ def int8_geglu_gemm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
     *,
-    out_scale: Tensor | None = None,
-    out_zero_point: Tensor | None = None,
+    static: StaticScale | None = None,
 ) -> Tensor | QuantizedActivation:
     """See int8_geglu_gemm_ref: the integer sums are the same, GELU is within 3e-5 (gelu_erf), codes at most 1 apart."""
-    finish = Finish(None, out_scale, out_zero_point)
-    check_geglu_gemm(activation, qweight, weight_scale, weight_sum, bias, finish)
+    check_geglu_gemm(activation, qweight, weight_scale, weight_sum, bias, static)
     codes, halved = k_contiguous(activation.codes), k_contiguous(qweight).unflatten(0, (2, -1))
     (M, K), N = codes.shape, halved.shape[1]
     sm = compute_capability(codes.device)
     design = fitting(geglu_design(M, 2 * N, K, sm), (codes, None, halved), sm)
-    y = torch.empty((M, N), dtype=out_dtype if out_scale is None else torch.int8, device=codes.device)
+    y = torch.empty((M, N), dtype=out_dtype if static is None else torch.int8, device=codes.device)
     tiles = cdiv(M, design.BLOCK_M) * cdiv(N, design.BLOCK_N // 2)
     strides = (codes.stride(0), halved.stride(1))
     if design.tma:
@@ -130,16 +155,16 @@ def int8_geglu_gemm(
         halved = describe(halved, [2, design.BLOCK_N // 2, design.BLOCK_K])
     constants = design_constants(design, torch.int8, sm)
     del constants["SPLIT_K"], constants["PERSISTENT"]
-    if constants["PARTS"] == 2 and (activation.zero_point is not None or out_scale is not None):
-        constants["PARTS"] = 4  # or 128 registers do not hold what these take beside the sums
+    entries = None if static is None else scale_entries(OPERATION, static, M, M, M, y.device)
+    out = (None,) * 5 if entries is None else (static.scale, static.zero_point, static.bucket, entries.scale, entries.zero_point)
     with on_device(y):
         _geglu_gemm_kernel[(tiles,)](
             codes, halved, y,
-            activation.scale, activation.zero_point, weight_scale, weight_sum, *optional_bias(bias, y), out_scale, out_zero_point,
-            M, N, K, *strides, activation.rows_per_scale, finish.rows_per(out_scale, M),
+            activation.scale, activation.zero_point, weight_scale, weight_sum, *optional_bias(bias, y), *out,
+            M, N, K, *strides, activation.rows_per_scale, 1 if entries is None else entries.rows_per_scale,
             EVEN_K=divides_k(design, K), **constants,
         )  # fmt: skip
-    return y if out_scale is None else finish.activation(y, M)
+    return y if entries is None else QuantizedActivation(y, entries.scale, entries.zero_point, entries.rows_per_scale)
 
 
 def geglu_design(M: int, N: int, K: int, sm: int) -> Design:

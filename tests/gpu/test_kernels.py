@@ -16,6 +16,7 @@ from stepquant.kernels.int8_conv2d import int8_conv2d_ref
 from stepquant.kernels.int8_geglu_gemm import int8_geglu_gemm_ref
 from stepquant.kernels.int8_gemm import int8_gemm_ref
 from stepquant.kernels.int8_upsample_conv2d import int8_upsample_conv2d_ref
+from stepquant.kernels.static_scale import StaticScale
 from stepquant.kernels.tables import forced_design
 
 pytestmark = pytest.mark.skipif(
@@ -279,10 +280,10 @@ def test_int8_geglu_gemm_is_the_reference_on_sdxls_ff1(design):
             y = dispatch.int8_geglu_gemm(**arguments)
             assert relative_error(y, expected) <= 5e-4
             assert torch.equal(dispatch.int8_geglu_gemm(**arguments), y)
-            out_zero_point = torch.tensor([-90, -100], dtype=torch.int32, device=DEVICE)
-            finish = {"out_scale": torch.tensor([0.02, 0.03], device=DEVICE), "out_zero_point": out_zero_point}
-            found = dispatch.int8_geglu_gemm(**arguments, **finish).codes.int()
-        apart = (found - int8_geglu_gemm_ref(**arguments, **finish).codes.int()).abs()
+            zero_point = torch.arange(-120, -56, dtype=torch.int32, device=DEVICE)
+            static = StaticScale(torch.linspace(0.02, 0.05, 64, device=DEVICE), zero_point, torch.tensor([3, 40], device=DEVICE))
+            found = dispatch.int8_geglu_gemm(**arguments, static=static).codes.int()
+        apart = (found - int8_geglu_gemm_ref(**arguments, static=static).codes.int()).abs()
         assert apart.max() <= 1 and (apart > 0).float().mean() <= 1e-3
 
 

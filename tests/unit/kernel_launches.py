@@ -33,7 +33,7 @@ from stepquant.kernels.triton_ops import (
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 POINTER_NAMES = {
     torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
-    torch.int32: "*i32",
+    torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from stepquant.kernels import backend, dispatch
 from stepquant.kernels.activation import QuantizedActivation
 from stepquant.kernels.design import Design
 from stepquant.kernels.int8_geglu_gemm import int8_geglu_gemm_ref
+from stepquant.kernels.static_scale import StaticScale
 from stepquant.kernels.tables import forced_design
 
 DESIGNS = {
@@ -81,12 +84,17 @@ def test_int8_geglu_gemm_kernel_takes_ragged_k_no_bias_and_no_zero_point(generat
     assert relative_error(y, int8_geglu_gemm_ref(**arguments)) <= 5e-4
 
 
+@pytest.mark.parametrize("design", [DESIGNS["pointers"], DESIGNS["halves"], None], ids=["pointers", "halves", "default"])
 @pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "zero_point"])
-def test_int8_geglu_gemm_kernel_stores_the_references_codes(asymmetric, generator, triton_device):
-    arguments = layer(70, 72, 96, generator) | {"out_scale": torch.tensor([0.02, 0.03])}
-    if asymmetric:
-        arguments["out_zero_point"] = torch.tensor([-90, -100], dtype=torch.int32)
-    found, expected = dispatch.int8_geglu_gemm(**moved(arguments, triton_device)), int8_geglu_gemm_ref(**arguments)
+def test_int8_geglu_gemm_kernel_stores_the_references_codes(asymmetric, design, generator, triton_device):
+    arguments, zero_point = layer(70, 72, 96, generator), torch.arange(-120, -56, dtype=torch.int32) if asymmetric else None
+    scales = StaticScale(torch.linspace(0.02, 0.05, 64), zero_point, torch.tensor([3, 40]))
+    expected = int8_geglu_gemm_ref(**arguments, static=scales)
+    on_device = [None if entry is None else entry.to(triton_device) for entry in (scales.scale, zero_point, scales.bucket)]
+    with nullcontext() if design is None else forced_design(design):
+        found = dispatch.int8_geglu_gemm(**moved(arguments, triton_device), static=StaticScale(*on_device))
+    assert torch.equal(found.scale.cpu(), expected.scale)
+    assert not asymmetric or torch.equal(found.zero_point.cpu(), expected.zero_point)
     apart = (found.codes.cpu().int() - expected.codes.int()).abs()
     assert apart.max() <= 1 and (apart > 0).float().mean() <= 1e-3
     assert found.rows_per_scale == expected.rows_per_scale == 35 and (found.zero_point is None) != asymmetric

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..kv_cache import CrossAttentionCache
 from .call_scope import CallScope
+from .edges import ChannelsLastConv, FusedExit
 from .res_block import FusedResBlock
 from .spatial import FusedSpatialTransformer
 from .transformer import FusedFeedForward, FusedTransformerBlock
@@ -42,5 +43,14 @@ def bind(unet: nn.Module, state: Any) -> None:
             module.forward = FusedSpatialTransformer(module, scope).forward
         elif FusedUpsample.fits(module):
             module.forward = FusedUpsample(module, scope).forward
+    _bind_edges(unet)
     if "forward" not in unet.__dict__:
         unet.forward = ScopedUNet(unet, scope, cache).forward
+
+
+def _bind_edges(unet: nn.Module) -> None:
+    first, last = unet.input_blocks[0][0], unet.out
+    if isinstance(first, nn.Conv2d) and "forward" not in vars(first):
+        first.forward = ChannelsLastConv(first).forward
+    if FusedExit.fits(last) and "forward" not in vars(last):
+        last.forward = FusedExit(last).forward
