@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from ..errors import SchemeError
 from ..kernels import dispatch
-from ..kernels.dispatch import ChannelGroups, StaticScale
+from ..kernels.dispatch import ChannelGroups, Kept, QuantizedActivation, StaticScale
 from ..quant.mac_counter import MacCounter
+from ..quant.saturation import LayerSaturation
 from ..quant.scheme import ActivationMode, ComputeType, Scheme
 from ..quant.weight import dequantize_weight
 
@@ -20,10 +22,12 @@ from ..quant.weight import dequantize_weight
 class LayerTensors:
     """What one layer's forward needs, all on the input's device.
 
-    qweight: int8 (N, K), or (Cout, kh, kw, Cin). weight_scale: fp32 (N,). bias: (N,) any float dtype, or None.
+    qweight: int8 (N, K), or (Cout, kh, kw, Cin); packed of 4-bit weights, which have a group_scale as the kernels take it
+        (kernels/int4_weight.py). weight_scale: fp32 (N,). bias: (N,) any float dtype, or None.
     weight_sums: from sums_of_codes, or None if the activation is symmetric.
     act_scale: fp32 (64,), act_zero_point: int32 (64,), of static layers; None otherwise.
     counter: if set, told of every call. groups: of layers with channel groups, whose qweight is in their order; else None.
+    saturation: of static layers whose clipped values are watched.
     """
 
     name: str
@@ -36,14 +40,32 @@ class LayerTensors:
     act_zero_point: Tensor | None = None
     counter: MacCounter | None = None
     groups: ChannelGroups | None = None
+    saturation: LayerSaturation | None = None
+    group_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.scheme.is_grouped and self.groups is None:
             raise SchemeError(f"{self.name}: its codes are in channel groups, and the host passes none. Load the file with another host.")
 
     @property
+    def operands(self) -> tuple[Kept] | None:
+        """See kernels/repeat.py. None while multiply-adds are counted, which a repeated call would not do."""
+        return None if self.counter is not None or self.groups is not None else (self._kept,)
+
+    @cached_property
+    def _kept(self) -> Kept:
+        return Kept(self.qweight, self.weight_scale, self.weight_sums, self.bias, self.group_scale)
+
+    @property
     def is_static(self) -> bool:
-        return self.scheme.is_static and self.act_scale is not None
+        """Whether the stored scales are in use."""
+        return self.scheme.is_static and self.act_scale is not None and not (self.saturation is not None and self.saturation.switched)
+
+    @property
+    def clipped(self) -> Tensor | None:
+        """The counters of clipped values; None if nobody reads them."""
+        # A compiled graph could not see the layer switch to dynamic scales.
+        return None if self.saturation is None or torch.compiler.is_compiling() else self.saturation.counters
 
     @property
     def keeps_float_input(self) -> bool:
@@ -54,12 +76,15 @@ class LayerTensors:
         return None if self.groups is None else self.groups.order
 
 
-def sums_of_codes(qweight: Tensor, groups: ChannelGroups | None = None) -> Tensor:
+def sums_of_codes(qweight: Tensor, groups: ChannelGroups | None = None, group_scale: Tensor | None = None) -> Tensor:
     """What a zero point is multiplied with: computed once per weight, not per call.
 
-    Args: groups: of a layer with channel groups; codes then count times their group's 2^exponent.
+    Args: groups: of a layer with channel groups; codes then count times their group's 2^exponent. group_scale: of 4-bit weights,
+        as the kernels take it; codes then count times their group's scale.
     Returns: int32 (N,) for Linear and 1x1; (16, Cout) for 3x3, one row per border class (kernels/int8_conv2d.py).
     """
+    if group_scale is not None:
+        return dispatch.expanded_codes(qweight, group_scale, 2 * qweight.shape[1]).sum(1, dtype=torch.int32)
     if qweight.ndim == 4 and qweight.shape[1:3] != (1, 1):
         return dispatch.border_sums(qweight) if groups is None else dispatch.grouped_border_sums(qweight, groups)
     codes = qweight if groups is None else dispatch.shifted_codes(qweight, groups)
@@ -102,7 +127,7 @@ def conv2d(x: Tensor, layer: LayerTensors, bucket: Tensor, stride: int, padding:
         y = dispatch.channel_group_conv2d(*operands, stride, padding, out_dtype=x.dtype)
     else:
         activation = (
-            dispatch.quantize_static(x, layer.act_scale, layer.act_zero_point, bucket)
+            dispatch.quantize_static(x, layer.act_scale, layer.act_zero_point, bucket, layer.clipped)
             if layer.is_static and x.shape[0] % bucket.numel() == 0
             else dispatch.quantize_image(x)
         )
@@ -123,7 +148,9 @@ def _conv1x1(x: Tensor, layer: LayerTensors, bucket: Tensor) -> Tensor:
 def _linear_rows(rows: Tensor, layer: LayerTensors, bucket: Tensor | None) -> Tensor:
     """(M, K) -> (M, N). bucket None: no entry fits the rows."""
     qweight = layer.qweight.flatten(1)  # (N, K): a 1x1 conv's codes too
-    if layer.keeps_float_input:
+    if layer.group_scale is not None:
+        y = int4_product(rows if layer.keeps_float_input else _quantized_rows(rows, layer, bucket), layer, rows.dtype)
+    elif layer.keeps_float_input:
         weight = dequantize_weight(qweight, layer.weight_scale, rows.dtype, layer.channel_order)
         y = F.linear(rows, weight, _bias_as(layer, rows.dtype))
     elif layer.groups is not None:
@@ -131,20 +158,30 @@ def _linear_rows(rows: Tensor, layer: LayerTensors, bucket: Tensor | None) -> Te
         operands = (activation, layer.groups, qweight, layer.weight_scale, layer.weight_sums, layer.bias)
         y = dispatch.channel_group_gemm(*operands, out_dtype=rows.dtype)
     else:
-        by_bucket = layer.is_static and bucket is not None and rows.shape[0] % bucket.numel() == 0
-        activation = (
-            dispatch.quantize_static(rows, layer.act_scale, layer.act_zero_point, bucket) if by_bucket else dispatch.quantize_token(rows)
-        )
+        activation = _quantized_rows(rows, layer, bucket)
         y = dispatch.int8_gemm(activation, qweight, layer.weight_scale, layer.weight_sums, layer.bias, out_dtype=rows.dtype)
-    count_macs(layer, rows.shape[0] * qweight.numel(), rows.device)
+    count_macs(layer, rows.numel() * qweight.shape[0], rows.device)
     return y
+
+
+def _quantized_rows(rows: Tensor, layer: LayerTensors, bucket: Tensor | None) -> QuantizedActivation:
+    """By the stored scales, or without them per token."""
+    if layer.is_static and bucket is not None and rows.shape[0] % bucket.numel() == 0:
+        return dispatch.quantize_static(rows, layer.act_scale, layer.act_zero_point, bucket, layer.clipped)
+    return dispatch.quantize_token(rows)
+
+
+def int4_product(rows: Tensor | QuantizedActivation, layer: LayerTensors, dtype: torch.dtype, addend: Tensor | None = None) -> Tensor:
+    """A Linear with 4-bit weights on codes or floats (M, K) -> (M, N) dtype. addend: (M, N) contiguous, any float dtype."""
+    operands = (rows, layer.qweight, layer.group_scale, layer.weight_scale, layer.weight_sums, layer.bias)
+    return dispatch.int4_gemm(*operands, out_dtype=dtype, addend=addend)
 
 
 def _static_scale(layer: LayerTensors, bucket: Tensor | None, units: int) -> StaticScale | None:
     """The layer's stored scales; None for dynamic ones, also where the samples cannot be told from the units (images or rows)."""
     if not layer.is_static or bucket is None or units % bucket.numel():
         return None
-    return StaticScale(layer.act_scale, layer.act_zero_point, bucket)
+    return StaticScale(layer.act_scale, layer.act_zero_point, bucket, layer.clipped)
 
 
 def _bias_as(layer: LayerTensors, dtype: torch.dtype) -> Tensor | None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..kernels import dispatch
-from ..kernels.dispatch import DynamicScale, QuantizedActivation, StaticScale
-from .compute import LayerTensors, count_macs
+from ..kernels.dispatch import DynamicScale, Kept, QuantizedActivation, Repeated, StaticScale
+from .compute import LayerTensors, count_macs, int4_product
 
 
 @dataclass(frozen=True)
@@ -27,20 +28,25 @@ class NormTensors:
     bias: Tensor
     eps: float
 
+    @cached_property
+    def operands(self) -> tuple[Kept]:
+        """See kernels/repeat.py."""
+        return (Kept(self.weight, self.bias, self.eps),)
+
 
 def quantize(x: Tensor, static: StaticScale | None) -> QuantizedActivation:
     """(..., K) float, left unchanged -> codes (M, K): by the stored scales, or without them per token."""
     rows = x.reshape(-1, x.shape[-1])
     if static is None:
         return dispatch.quantize_token(rows)
-    return dispatch.quantize_static(rows, static.scale, static.zero_point, static.bucket)
+    return dispatch.quantize_static(rows, static.scale, static.zero_point, static.bucket, static.clipped)
 
 
 def quantize_images(x: Tensor, static: StaticScale | None) -> QuantizedActivation:
     """(B, C, H, W) float, any strides, left unchanged -> codes (B, H, W, C): by the stored scales, or without them per image."""
     if static is None:
         return dispatch.quantize_image(x)
-    return dispatch.quantize_static(x, static.scale, static.zero_point, static.bucket)
+    return dispatch.quantize_static(x, static.scale, static.zero_point, static.bucket, static.clipped)
 
 
 def nearest_2x(images: QuantizedActivation) -> QuantizedActivation:
@@ -84,14 +90,22 @@ def group_norm(x: Tensor, norm: NormTensors, static: StaticScale | None) -> Quan
 
 def product(rows: QuantizedActivation, layer: LayerTensors, dtype: torch.dtype, addend: Tensor | None = None) -> Tensor:
     """A Linear or 1x1 convolution on codes (M, K) -> (M, N) dtype. addend: (M, N) contiguous, any float dtype, added in fp32."""
-    qweight = layer.qweight.flatten(1)  # (N, K): a 1x1 conv's codes too
-    y = dispatch.int8_gemm(rows, qweight, layer.weight_scale, layer.weight_sums, layer.bias, out_dtype=dtype, addend=addend)
-    count_macs(layer, rows.rows * qweight.numel(), y.device)
+    if layer.group_scale is not None:
+        y = int4_product(rows, layer, dtype, addend)
+    else:
+        qweight = layer.qweight.flatten(1)  # (N, K): a 1x1 conv's codes too
+        y = dispatch.int8_gemm(rows, qweight, layer.weight_scale, layer.weight_sums, layer.bias, out_dtype=dtype, addend=addend)
+    count_macs(layer, rows.codes.numel() * y.shape[1], y.device)
     return y
 
 
 def products(rows: QuantizedActivation, layers: Sequence[LayerTensors], dtype: torch.dtype) -> list[Tensor]:
-    """Linears of one shape on the same codes (M, K), in one launch -> per layer (M, N) dtype, whose rows may lie apart."""
+    """Linears of one shape on the same codes (M, K), in one launch -> per layer (M, N) dtype, whose rows may lie apart.
+
+    With 4-bit weights each is a launch of its own.
+    """
+    if any(layer.group_scale is not None for layer in layers):
+        return [product(rows, layer, dtype) for layer in layers]
     weights = [dispatch.LinearWeight(layer.qweight, layer.weight_scale, layer.weight_sums, layer.bias) for layer in layers]
     outputs = dispatch.int8_gemm_many(rows, weights, out_dtype=dtype)
     for layer in layers:
@@ -104,6 +118,8 @@ def gated_product(rows: QuantizedActivation, layer: LayerTensors, dtype: torch.d
 
     Args: static: the next layer's stored scales; without them its input is made in dtype and quantized per token.
     """
+    if layer.group_scale is not None:
+        return geglu(product(rows, layer, dtype), static)
     count_macs(layer, rows.rows * layer.qweight.numel(), rows.codes.device)
     y = dispatch.int8_geglu_gemm(rows, layer.qweight, layer.weight_scale, layer.weight_sums, layer.bias, out_dtype=dtype, static=static)
     return dispatch.quantize_token(y) if static is None else y
@@ -121,3 +137,55 @@ def convolution(
     )
     count_macs(layer, y.numel() * layer.qweight[0].numel(), y.device)
     return y
+
+
+# The whole of a layer with what surrounds it, for layers whose weights are all at hand. Their launches are repeated.
+
+
+@Repeated
+def normed_products(x: Tensor, norm: NormTensors, static: StaticScale | None, layers: Sequence[LayerTensors]) -> list[Tensor]:
+    """LayerNorm of x (..., K), and the Linears that read it -> per layer (..., N), whose rows may lie apart."""
+    codes, _ = layer_norm(x, norm, static)
+    outputs = [product(codes, layers[0], x.dtype)] if len(layers) == 1 else products(codes, layers, x.dtype)
+    return [output.view(*x.shape[:-1], -1) for output in outputs]
+
+
+@Repeated
+def added_product(x: Tensor, static: StaticScale | None, layer: LayerTensors, residual: Tensor) -> Tensor:
+    """A Linear of x (..., K), added to residual (..., N), any strides -> (..., N)."""
+    addend = residual.reshape(-1, residual.shape[-1]).contiguous()
+    return product(quantize(x, static), layer, x.dtype, addend).view(*x.shape[:-1], -1)
+
+
+@Repeated
+def feed_forward(
+    x: Tensor,
+    norm: NormTensors,
+    statics: tuple[StaticScale | None, StaticScale | None],
+    projection: LayerTensors,
+    second: LayerTensors,
+    residual: Tensor,
+) -> Tensor:
+    """LayerNorm of x (..., K), projection to values and gates, GEGLU, second Linear, added to residual (..., N) -> (..., N)."""
+    codes, _ = layer_norm(x, norm, statics[0])
+    codes = gated_product(codes, projection, x.dtype, statics[1])
+    addend = residual.reshape(-1, residual.shape[-1]).contiguous()
+    return product(codes, second, x.dtype, addend).view(*x.shape[:-1], -1)
+
+
+@Repeated
+def group_normed_product(x: Tensor, norm: NormTensors, static: StaticScale | None, layer: LayerTensors) -> Tensor:
+    """GroupNorm of x (B, C, H, W), and the Linear that reads its pixels -> (B, H * W, N)."""
+    return product(group_norm(x, norm, static), layer, x.dtype).view(x.shape[0], x.shape[2] * x.shape[3], -1)
+
+
+@Repeated
+def activated_convolution(
+    x: Tensor, norm: NormTensors, static: StaticScale | None, layer: LayerTensors, addend: Tensor, stride: int, padding: int
+) -> Tensor:
+    """GroupNorm and SiLU of x (B, C, H, W), and the 3x3 convolution that reads it, plus addend -> (B, Cout, Ho, Wo).
+
+    Args: addend: (B, Cout) or (B, Cout, Ho, Wo), any strides.
+    """
+    addend = addend.contiguous(memory_format=torch.channels_last if addend.ndim == 4 else torch.contiguous_format)
+    return convolution(group_norm_silu([x], norm, static), layer, x.dtype, stride, padding, addend)

@@ -40,6 +40,11 @@ class QuantizedActivation:
             )
 
     @property
+    def operands(self) -> tuple:
+        """See repeat.py."""
+        return self.codes, self.scale, self.zero_point, self.rows_per_scale
+
+    @property
     def rows(self) -> int:
         """Number of rows M: tokens, or pixels of all images."""
         return self.codes.numel() // self.codes.shape[-1] if self.codes.shape[-1] else 0

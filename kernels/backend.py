@@ -11,6 +11,8 @@ from enum import Enum
 
 import torch
 
+from .repeat import forget_plans
+
 logger = logging.getLogger(__name__)
 
 OVERRIDE = "STEPQUANT_BACKEND"
@@ -49,6 +51,9 @@ def choose_backend(device: torch.device | str) -> BackendChoice:
     STEPQUANT_BACKEND=triton|reference|dequantized overrides the choice. The CPU runs Triton only if both that asks for
     it and TRITON_INTERPRET=1 is set (Triton's interpreter, for tests).
     """
+    known = _choices.get(device)
+    if known is not None:
+        return known
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -59,6 +64,7 @@ def choose_backend(device: torch.device | str) -> BackendChoice:
 def forget_choices() -> None:
     """Choose anew at the next call, after the environment has changed."""
     _choices.clear()
+    forget_plans()
 
 
 def _choose_and_report(device: torch.device) -> BackendChoice:

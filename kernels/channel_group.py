@@ -8,7 +8,9 @@ vector sum_j 2^exponent[j] * qweight[n, j] puts them right.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from ..errors import LayoutError
 
 # The kernels' step along K may not cross a border, and the int8 tensor core instruction takes 32 channels at a time.
 MIN_KERNEL_GRANULARITY = 32
+logger = logging.getLogger(__name__)
+Borders = tuple[tuple[int, int, int], ...]  # (start, end, shift) of each group along K
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class ChannelGroups:
     channel_factor: Tensor
     ends: Tensor
     shifts: Tensor
-    borders: tuple[tuple[int, int, int], ...]
+    borders: Borders
     granularity: int
 
     @property
@@ -47,10 +51,42 @@ class ChannelGroups:
     def runs_in_kernels(self) -> bool:
         return self.granularity >= MIN_KERNEL_GRANULARITY
 
+    @property
+    def exponents(self) -> Tensor:
+        """(ceil(K / granularity),) int8 on the CPU: what channel_groups() was given."""
+        levels, exponent = [], 0
+        for start, end, shift in reversed(self.borders):
+            exponent += shift
+            levels = [exponent] * -(-(end - start) // self.granularity) + levels
+        return torch.tensor(levels, dtype=torch.int8)
+
+    def to(self, device: torch.device) -> ChannelGroups:
+        """The same groups on a device; itself if they are there."""
+        if self.order.device == device:
+            return self
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+    def needs_reference(self) -> bool:
+        """Whether the reference has to run in a kernel's place, which is said once for each granularity."""
+        if not self.runs_in_kernels:
+            _say_reference_runs(self.granularity)
+        return not self.runs_in_kernels
+
     def check(self, operation: str, K: int) -> None:
         """Raise LayoutError unless these are groups of K channels."""
         if self.channels != K:
             raise LayoutError(f"{operation}: groups of {self.channels} channels for an input of {K}; pass the groups of this layer.")
+
+
+@cache
+def _say_reference_runs(granularity: int) -> None:
+    logger.warning(
+        "StepQuant: channel groups of %d channels run in plain torch, which is slow on a GPU; the kernels take blocks of %d or more. "
+        "Plan with granularity 64 for speed.",
+        granularity,
+        MIN_KERNEL_GRANULARITY,
+    )
 
 
 def channel_groups(order: Tensor, exponents: Tensor, granularity: int) -> ChannelGroups:

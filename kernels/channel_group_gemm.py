@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .activation import QuantizedActivation
-from .channel_group import ChannelGroups
+from .channel_group import Borders, ChannelGroups
 from .exact_matmul import matmul_int8
 from .int8_gemm import check_gemm
 
@@ -27,7 +27,7 @@ def check_grouped_gemm(
     groups.check("channel_group_gemm", activation.codes.shape[1])
 
 
-def grouped_matmul(codes: Tensor, qweight: Tensor, borders: tuple[tuple[int, int, int], ...], taps: int = 1) -> Tensor:
+def grouped_matmul(codes: Tensor, qweight: Tensor, borders: Borders, taps: int = 1) -> Tensor:
     """sum_j codes[m, j] * qweight[n, j] * 2^exponent[j], int32, by Horner's rule over the groups.
 
     Args: codes: (M, taps * K) int8. qweight: (N, taps * K) int8. borders: (start, end, shift) of each group within K.

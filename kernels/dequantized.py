@@ -59,7 +59,7 @@ def dequantized_geglu_gemm(
     """int8_geglu_gemm_ref's result up to the rounding of `out_dtype`; same arguments, same errors."""
     check_geglu_gemm(activation, qweight, weight_scale, weight_sum, bias, static)
     y = geglu(_linear("int8_geglu_gemm", activation, None, qweight, weight_scale, bias, out_dtype, Finish()))
-    return y.to(out_dtype) if static is None else quantize_static_ref(y, static.scale, static.zero_point, static.bucket)
+    return y.to(out_dtype) if static is None else quantize_static_ref(y, static.scale, static.zero_point, static.bucket, static.clipped)
 
 
 def dequantized_fp8_gemm(

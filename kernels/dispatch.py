@@ -30,6 +30,8 @@ from .fp8_gemm import fp8_gemm_ref
 from .geglu_quantize import geglu_quantize_ref
 from .group_norm_silu import group_norm_silu_ref
 from .group_norm_silu_quantize import DynamicScale, group_norm_silu_quantize_ref
+from .int4_gemm import dequantized_int4_gemm, int4_gemm_ref
+from .int4_weight import expanded_codes, paired_scales
 from .int8_conv2d import border_sums, int8_conv2d_ref
 from .int8_geglu_gemm import int8_geglu_gemm_ref
 from .int8_gemm import int8_gemm_ref
@@ -41,6 +43,7 @@ from .quantize_channel_group import quantize_channel_group_ref
 from .quantize_image import quantize_image_ref
 from .quantize_static import quantize_static_ref
 from .quantize_token import quantize_token_ref
+from .repeat import Kept, Repeated
 from .static_scale import StaticScale
 
 __all__ = [
@@ -48,16 +51,20 @@ __all__ = [
     "BackendChoice",
     "ChannelGroups",
     "DynamicScale",
+    "Kept",
     "LinearWeight",
     "PhaseWeight",
     "QuantizedActivation",
+    "Repeated",
     "StaticScale",
     "border_sums",
     "channel_group_conv2d",
     "channel_group_gemm",
     "channel_groups",
     "choose_backend",
+    "compile_ahead",
     "describe",
+    "expanded_codes",
     "forget_choices",
     "fp8_conv2d",
     "fp8_gemm",
@@ -65,6 +72,7 @@ __all__ = [
     "group_norm_silu",
     "group_norm_silu_quantize",
     "grouped_border_sums",
+    "int4_gemm",
     "int8_attention",
     "int8_conv2d",
     "int8_geglu_gemm",
@@ -73,6 +81,7 @@ __all__ = [
     "int8_upsample_conv2d",
     "layer_norm_quantize",
     "log2_attention",
+    "paired_scales",
     "phase_weight",
     "quantize_channel_group",
     "quantize_image",
@@ -90,6 +99,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "group_norm_silu": group_norm_silu_ref,
     "group_norm_silu_quantize": group_norm_silu_quantize_ref,
     "geglu_quantize": geglu_quantize_ref,
+    "int4_gemm": int4_gemm_ref,
     "int8_gemm": int8_gemm_ref,
     "int8_gemm_many": int8_gemm_many_ref,
     "int8_geglu_gemm": int8_geglu_gemm_ref,
@@ -104,6 +114,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
 }
 _DEQUANTIZED = {
     **_REFERENCE,
+    "int4_gemm": dequantized_int4_gemm,
     "int8_gemm": dequantized_gemm,
     "int8_gemm_many": dequantized_gemm_many,
     "int8_geglu_gemm": dequantized_geglu_gemm,
@@ -127,7 +138,7 @@ def _implementation(operation: str, device: torch.device) -> Callable[..., Any]:
 def _import_kernel(operation: str) -> Callable[..., Any]:
     """Import Triton and one kernel at its first use: neither may cost anything before, nor be needed where it is absent."""
     module = importlib.import_module(f".triton_ops.{operation}", __package__)
-    _triton[operation] = getattr(module, operation)
+    _triton[operation] = Repeated(getattr(module, operation))
     return _triton[operation]
 
 
@@ -141,9 +152,11 @@ def quantize_image(x: Tensor) -> QuantizedActivation:
     return _implementation("quantize_image", x.device)(x)
 
 
-def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor | None, bucket: Tensor) -> QuantizedActivation:
+def quantize_static(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, bucket: Tensor, clipped: Tensor | None = None
+) -> QuantizedActivation:
     """The stored scale of each sample's timestep bucket, for x (M, K) or (B, C, H, W); see quantize_static_ref."""
-    return _implementation("quantize_static", x.device)(x, scale, zero_point, bucket)
+    return _implementation("quantize_static", x.device)(x, scale, zero_point, bucket, clipped)
 
 
 def quantize_channel_group(x: Tensor, groups: ChannelGroups, static: StaticScale | None = None) -> QuantizedActivation:
@@ -200,6 +213,25 @@ def int8_gemm(
     implementation = _implementation("int8_gemm", activation.codes.device)
     extras = {"second": second, "addend": addend, "out_scale": out_scale, "out_zero_point": out_zero_point}
     return implementation(activation, qweight, weight_scale, weight_sum, bias, out_dtype, **extras)
+
+
+def int4_gemm(
+    activation: QuantizedActivation | Tensor,
+    qweight: Tensor,
+    group_scale: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+    *,
+    addend: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+) -> Tensor | QuantizedActivation:
+    """Linear layer with 4-bit weights on int8 codes or floats -> (M, N) out_dtype, or codes; see int4_gemm_ref."""
+    extras = {"addend": addend, "out_scale": out_scale, "out_zero_point": out_zero_point}
+    operands = (activation, qweight, group_scale, weight_scale, weight_sum, bias, out_dtype)
+    return _implementation("int4_gemm", qweight.device)(*operands, **extras)
 
 
 def int8_gemm_many(
@@ -327,6 +359,16 @@ def fp8_conv2d(
     """Conv2d on fp8 codes -> (B, Cout, Ho, Wo) out_dtype, channels_last; see fp8_conv2d_ref."""
     implementation = _implementation("fp8_conv2d", activation.codes.device)
     return implementation(activation, qweight, weight_scale, bias, stride, padding, out_dtype, second=second, addend=addend)
+
+
+def compile_ahead(work: Callable[[], object], device: torch.device) -> None:
+    """Compile the kernels that `work` launches, several at a time; see triton_ops/compile_ahead.py. Nothing where there is no compiler.
+
+    Args: work: is done with launches left out, so its results are arbitrary; what it stores must not be kept.
+    """
+    if device.type == "cuda" and choose_backend(device).backend is Backend.TRITON:
+        module = importlib.import_module(".triton_ops.compile_ahead", __package__)
+        module.compile_ahead(work, device)
 
 
 def describe() -> dict[str, Any]:

@@ -42,4 +42,4 @@ def geglu_quantize_ref(x: Tensor, static: StaticScale | None = None) -> Quantize
     if static is None:
         return quantize_token_ref(y)
     static.rows_per_scale("geglu_quantize", x.shape[0], x.shape[0])
-    return quantize_static_ref(y, static.scale, static.zero_point, static.bucket)
+    return quantize_static_ref(y, static.scale, static.zero_point, static.bucket, static.clipped)

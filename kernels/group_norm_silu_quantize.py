@@ -109,7 +109,7 @@ def group_norm_silu_quantize_ref(
         for entry in static:
             entry.rows_per_scale(OPERATION, B * H * W, B)
         parts = zip(z.split(channels, 1), static, strict=True)
-        return [quantize_static_ref(part, entry.scale, entry.zero_point, entry.bucket) for part, entry in parts]
+        return [quantize_static_ref(part, entry.scale, entry.zero_point, entry.bucket, entry.clipped) for part, entry in parts]
     if dynamic is DynamicScale.TOKEN:
         rows = quantize_token_ref(z.permute(0, 2, 3, 1).reshape(B * H * W, -1))
         return [QuantizedActivation(rows.codes.view(B, H, W, -1), rows.scale, None, 1)]

@@ -63,4 +63,4 @@ def int8_geglu_gemm_ref(
     """
     check_geglu_gemm(activation, qweight, weight_scale, weight_sum, bias, static)
     y = geglu(int8_gemm_ref(activation, qweight, weight_scale, weight_sum, bias, torch.float32))
-    return y.to(out_dtype) if static is None else quantize_static_ref(y, static.scale, static.zero_point, static.bucket)
+    return y.to(out_dtype) if static is None else quantize_static_ref(y, static.scale, static.zero_point, static.bucket, static.clipped)

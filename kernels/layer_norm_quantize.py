@@ -47,5 +47,5 @@ def layer_norm_quantize_ref(
         activation = quantize_token_ref(y)
     else:
         static.rows_per_scale("layer_norm_quantize", x.shape[0], x.shape[0])
-        activation = quantize_static_ref(y, static.scale, static.zero_point, static.bucket)
+        activation = quantize_static_ref(y, static.scale, static.zero_point, static.bucket, static.clipped)
     return activation, y.to(x.dtype) if keep_float else None

@@ -42,5 +42,5 @@ def quantize_channel_group_ref(x: Tensor, groups: ChannelGroups, static: StaticS
     factor = groups.position_factor if x.ndim == 2 else groups.position_factor.view(-1, 1, 1)
     divided = x.index_select(1, groups.order.long()).float() * factor
     if static is not None:
-        return quantize_static_ref(divided, static.scale, static.zero_point, static.bucket)
+        return quantize_static_ref(divided, static.scale, static.zero_point, static.bucket, static.clipped)
     return quantize_token_ref(divided) if x.ndim == 2 else quantize_image_ref(divided)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import LayoutError
@@ -16,12 +17,14 @@ class StaticScale:
 
     scale: (64,) fp32, > 0, units of x per code. zero_point: (64,) int32 in [-128, 127], the code of x = 0, or None.
     bucket: (S,) int64 in [0, 64), on the device of the tables; one entry per sample, or one for all.
+    clipped: (2,) int32 on that device, added to: values beyond the codes' range, and rows quantized; None counts nothing.
     Raises: LayoutError if these are not so. Values are checked when a file is loaded, not here.
     """
 
     scale: Tensor
     zero_point: Tensor | None
     bucket: Tensor
+    clipped: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, table in (("scale", self.scale), ("zero_point", self.zero_point)):
@@ -34,6 +37,13 @@ class StaticScale:
             raise LayoutError(
                 f"static bucket: shape {tuple(self.bucket.shape)}; (samples,) or (1,) contiguous is needed. Pass the buckets of this batch."
             )
+        if self.clipped is not None and (self.clipped.shape != (2,) or self.clipped.dtype is not torch.int32):
+            raise LayoutError(f"static clipped: {self.clipped.dtype} {tuple(self.clipped.shape)}; two int32 counters are needed.")
+
+    @property
+    def operands(self) -> tuple:
+        """See repeat.py."""
+        return self.scale, self.zero_point, self.bucket, self.clipped
 
     def rows_per_scale(self, operation: str, rows: int, units: int) -> int:
         """Rows that share an entry. units: what a sample never splits, images or rows.

@@ -18,11 +18,13 @@ from pathlib import Path
 
 from ..errors import FormatError
 from .design import Design
+from .repeat import forget_plans
 
 FORMAT = 1
 FOLDER = Path(__file__).parent / "tables"
 OPERATIONS = ("gemm", "geglu", "conv1x1", "conv3x3", "conv3x3_stride2", "upsample2x")
-DTYPES = ("int8", "fp8")
+COMPUTE_TYPES = ("int8", "fp8")
+DTYPES = (*COMPUTE_TYPES, "int4")  # of rows; int4: 4-bit weights on int8 codes
 # A row serves other batch sizes and resolutions down to half and up to double its M.
 MAX_LOG2_M = 1.0
 
@@ -84,7 +86,7 @@ def read_table(path: Path) -> Table:
             raise ValueError(f"format {content['format']}")
         designs = {name: Design(**fields) for name, fields in content["designs"].items()}
         rows = {_product(row): designs[row["design"]] for row in content["rows"]}
-        if content["compute"] not in DTYPES:
+        if content["compute"] not in COMPUTE_TYPES:
             raise ValueError(f"compute {content['compute']}")
         return Table(int(content["sm"]), bool(content["measured"]), content["compute"], rows)
     except (KeyError, TypeError, ValueError) as error:
@@ -120,13 +122,16 @@ def forget_tables() -> None:
     """Read the tables anew at the next call, after a file has changed."""
     load_table.cache_clear()
     _tuned.cache_clear()
+    forget_plans()
 
 
 @contextlib.contextmanager
 def forced_design(design: Design) -> Iterator[None]:
     """Every product inside uses `design`, whatever the table says: for tests and for tuning."""
     _forced.append(design)
+    forget_plans()
     try:
         yield
     finally:
         _forced.pop()
+        forget_plans()

@@ -22,6 +22,7 @@ import torch
 from comfy.cli_args import args
 from torch import Tensor, nn
 
+from ...kernels import dispatch
 from ..acceleration import Acceleration
 from .graph_capture import CudaRecorder, Recording, is_capturing
 from .graph_inputs import StaticInputs, UNetCall
@@ -65,6 +66,7 @@ class UNetRunner:
         self._convs = [module for module in unet.modules() if isinstance(module, QuantizableOp) and isinstance(module, nn.Conv2d)]
         self._recorder: CudaRecorder | None = None
         self._recorder_device: torch.device | None = None
+        self._compiled: set[Hashable] = set()
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._seen: OrderedDict[Hashable, Tensor] = OrderedDict()
         self._standing: Hashable = None
@@ -162,6 +164,7 @@ class UNetRunner:
 
     def _held(self, call: UNetCall) -> Tensor:
         """With all weights kept in place."""
+        self._compile_ahead(call)
         reason = self._unsuitable(call)
         self._note(reason)
         if reason is not None:
@@ -183,6 +186,18 @@ class UNetRunner:
         self.replays += 1
         return graph.recording.replay()
 
+    def _compile_ahead(self, call: UNetCall) -> None:
+        """Before the first call of its size: many kernels at a time, where the call would compile one after the other.
+
+        Runs the call on arbitrary values, so not where another node would see these.
+        """
+        layout = call.layout()
+        if layout in self._compiled or unsuitable(call) or self._foreign.present():
+            return
+        self._compiled.add(layout)
+        self.residency.lend()
+        dispatch.compile_ahead(lambda: self._inner_call(call), call.x.device)
+
     def _unsuitable(self, call: UNetCall) -> str | None:
         if self._state.acceleration is not Acceleration.AUTO:
             return f"acceleration is set to {self._state.acceleration.value}"
@@ -202,7 +217,7 @@ class UNetRunner:
             self._drop_graphs()
             self._standing = standing
         padding = tuple((conv.padding_mode, "_conv_forward" in vars(conv)) for conv in self._convs)
-        return call.layout(), self._open_cache(call), padding
+        return call.layout(), self._open_cache(call), padding, state.saturation.key
 
     def _record(self, key: Hashable, call: UNetCall) -> bool:
         while len(self._graphs) >= LARGEST_NUMBER_OF_GRAPHS:
@@ -223,7 +238,7 @@ class UNetRunner:
             self._note(self._blocked)
             self._recorder = self._recorder_device = None  # its stream may still be in the middle of a recording
             return False
-        self._graphs[key] = _Graph(inputs, recording, self._state.tap.tensors())
+        self._graphs[key] = _Graph(inputs, recording, (*self._state.tap.tensors(), *self._state.saturation.tensors()))
         return True
 
     def _remember(self, key: Hashable, output: Tensor) -> None:
@@ -257,7 +272,8 @@ def make_recorder(device: torch.device) -> CudaRecorder | str:
     if getattr(args, "disable_cuda_graphs", False):
         return "ComfyUI was started with --disable-cuda-graphs"
     if torch.cuda.get_allocator_backend() == "cudaMallocAsync":
-        # torch 2.11, H100: ComfyUI's process was aborted under it, not one exception to catch.
+        # The driver does not know what is allocated in a recording before it runs, so Triton refuses it; and such memory
+        # cannot be freed after the failure: torch 2.11 ends the process.
         return "the cudaMallocAsync allocator is in use; start ComfyUI with --disable-cuda-malloc to have graphs"
     return CudaRecorder(device)
 

@@ -30,7 +30,7 @@ class Recording:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._graph.reset()
-            self._output = None
+            self._graph = self._output = None
 
 
 class CudaRecorder:

@@ -14,6 +14,7 @@ from ..channel_group import ChannelGroups
 from ..channel_group_conv2d import channel_group_conv2d_ref, check_grouped_conv
 from ..design import BOXES
 from ..finish import as_images
+from ..repeat import empty, launch
 from .accumulate import tile_position
 from .channel_group_accumulate import grouped_conv_from_descriptors, grouped_conv_from_pointers
 from .channel_group_gemm import grouped_constants, grouped_design
@@ -89,7 +90,7 @@ def channel_group_conv2d(
     out_dtype: torch.dtype = torch.float16,
 ) -> Tensor:
     """See channel_group_conv2d_ref; the integer sums are the same, the scaling may round differently. Finer groups run there."""
-    if not groups.runs_in_kernels:
+    if groups.needs_reference():
         return channel_group_conv2d_ref(activation, groups, qweight, weight_scale, border_sums, bias, stride, padding, out_dtype)
     check_grouped_conv(activation, groups, qweight, weight_scale, border_sums, bias, stride, padding)
     codes, flat_weight = activation.codes.contiguous(), qweight.contiguous().view(qweight.shape[0], -1)
@@ -102,7 +103,7 @@ def channel_group_conv2d(
     box = BOXES.get(design.BLOCK_M, (1, 1)) if design.tma else (1, 1)
     boxes = (cdiv(Ho, box[0]), cdiv(Wo, box[1]))
     tiles_m = B * boxes[0] * boxes[1] if design.tma else cdiv(B * Ho * Wo, design.BLOCK_M)
-    y = torch.empty((B * Ho * Wo, N), dtype=out_dtype, device=codes.device)
+    y = empty((B * Ho * Wo, N), out_dtype, codes.device)
     even = divides_k(design, C)
     constants = grouped_constants(design, sm)
     if activation.zero_point is not None and constants["PARTS"] == 2:
@@ -111,7 +112,8 @@ def channel_group_conv2d(
         codes = describe(codes, [1, *box, design.BLOCK_K])
         flat_weight = describe(flat_weight, [design.BLOCK_N, design.BLOCK_K])
     with on_device(y):
-        _channel_group_conv2d_kernel[(tiles_m * cdiv(N, design.BLOCK_N),)](
+        launch(
+            _channel_group_conv2d_kernel, (tiles_m * cdiv(N, design.BLOCK_N),),
             codes, flat_weight, y, groups.ends, groups.shifts,
             activation.scale, activation.zero_point, weight_scale, border_sums, *optional_bias(bias, y),
             B * Ho * Wo, N, C, H, W, Ho, Wo, *boxes, activation.rows_per_scale // (H * W),

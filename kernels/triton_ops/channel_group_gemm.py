@@ -13,6 +13,7 @@ from ..activation import QuantizedActivation
 from ..channel_group import ChannelGroups
 from ..channel_group_gemm import channel_group_gemm_ref, check_grouped_gemm
 from ..design import Design
+from ..repeat import empty, launch
 from .accumulate import tile_position
 from .channel_group_accumulate import grouped_gemm_from_descriptors, grouped_gemm_from_pointers
 from .epilogue import in_parts
@@ -65,19 +66,20 @@ def channel_group_gemm(
     out_dtype: torch.dtype = torch.float16,
 ) -> Tensor:
     """See channel_group_gemm_ref; the integer sums are the same, the scaling may round differently. Finer groups run there."""
-    if not groups.runs_in_kernels:
+    if groups.needs_reference():
         return channel_group_gemm_ref(activation, groups, qweight, weight_scale, weight_sum, bias, out_dtype)
     check_grouped_gemm(activation, groups, qweight, weight_scale, weight_sum, bias)
     codes, qweight = k_contiguous(activation.codes), k_contiguous(qweight)
     (M, K), N, sm = codes.shape, qweight.shape[0], compute_capability(codes.device)
     design = grouped_design(fitting(gemm_design(codes, None, N, sm), (codes, None, qweight), sm), groups)
-    y = torch.empty((M, N), dtype=out_dtype, device=codes.device)
+    y = empty((M, N), out_dtype, codes.device)
     strides = (codes.stride(0), qweight.stride(0))
     a, w = codes, qweight
     if design.tma:
         a, w = describe(codes, [design.BLOCK_M, design.BLOCK_K]), describe(qweight, [design.BLOCK_N, design.BLOCK_K])
     with on_device(y):
-        _channel_group_gemm_kernel[(cdiv(M, design.BLOCK_M) * cdiv(N, design.BLOCK_N),)](
+        launch(
+            _channel_group_gemm_kernel, (cdiv(M, design.BLOCK_M) * cdiv(N, design.BLOCK_N),),
             a, w, y, groups.ends, groups.shifts, activation.scale, activation.zero_point, weight_scale, weight_sum,
             *optional_bias(bias, y), M, N, K, *strides, activation.rows_per_scale,
             EVEN_K=divides_k(design, K), **grouped_constants(design, sm),

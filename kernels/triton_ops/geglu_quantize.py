@@ -10,10 +10,12 @@ from torch import Tensor
 from ..activation import QuantizedActivation
 from ..geglu_quantize import check_geglu
 from ..quantize_token import TINY
+from ..repeat import empty, launch
 from ..static_scale import StaticScale
 from .activations import gelu_erf
+from .clipping import add_clipped, beyond_codes, count
 from .encoding import encode, reciprocal, static_entry
-from .launch import on_device
+from .launch import cdiv, on_device
 from .rounding import dynamic_scale, magnitude
 from .row_parts import load_row, row_warps, rows_per_program, split_row, store_row
 from .scale_entries import scale_entries
@@ -22,7 +24,7 @@ from .scale_entries import scale_entries
 @triton.jit
 def _geglu_quantize_kernel(
     x_ptr, codes_ptr, scale_ptr, zero_point_ptr,
-    table_ptr, zero_table_ptr, bucket_ptr,
+    table_ptr, zero_table_ptr, bucket_ptr, clipped_ptr,
     M, N, rows_per_scale, stride_xm,
     STATIC: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, TINY: tl.constexpr,
     BLOCK_M: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
@@ -47,6 +49,10 @@ def _geglu_quantize_kernel(
         zero_point = tl.zeros((BLOCK_M,), tl.int32)
         tl.store(scale_ptr + rows, scale, mask=inside_m)
     inverse = reciprocal(scale)[:, None]
+    if clipped_ptr is not None:
+        clipped = count(inside & beyond_codes(head, inverse, zero_point[:, None], HAS_ZERO_POINT))
+        clipped += count(inside & beyond_codes(tail, inverse, zero_point[:, None], HAS_ZERO_POINT))
+        add_clipped(clipped_ptr, clipped, M, tl.program_id(0) == 0)
     head = encode(head, inverse, zero_point[:, None], HAS_ZERO_POINT)
     tail = encode(tail, inverse, zero_point[:, None], HAS_ZERO_POINT)
     store_row(codes_ptr + rows[:, None] * N, N, inside, head, tail, HEAD, TAIL)
@@ -58,12 +64,13 @@ def geglu_quantize(x: Tensor, static: StaticScale | None = None) -> QuantizedAct
     x = x if x.stride(1) == 1 else x.contiguous()
     M, N = x.shape[0], x.shape[1] // 2
     entries = scale_entries("geglu_quantize", static, M, M, 1, x.device)
-    codes = torch.empty((M, N), dtype=torch.int8, device=x.device)
+    codes = empty((M, N), torch.int8, x.device)
     head, tail = split_row(N)
     block_m = rows_per_program(N)
     with on_device(x):
-        _geglu_quantize_kernel[(triton.cdiv(M, block_m),)](
-            x, codes, entries.scale, entries.zero_point_or_scale, *entries.tables,
+        launch(
+            _geglu_quantize_kernel, (cdiv(M, block_m),),
+            x, codes, entries.scale, entries.zero_point_or_scale, *entries.tables, entries.clipped,
             M, N, entries.rows_per_scale, x.stride(0),
             STATIC=static is not None, HAS_ZERO_POINT=entries.zero_point is not None, TINY=TINY,
             BLOCK_M=block_m, HEAD=head, TAIL=tail, num_warps=row_warps(N),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..group_norm_silu import check_group_norm_silu
+from ..repeat import empty, launch
 from .activations import silu
 from .group_norm_statistics import group_statistics
-from .launch import on_device
+from .launch import cdiv, on_device
 from .quantize_static import pixel_strides
 
 BLOCK_P = 32
@@ -42,11 +42,12 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) 
     check_group_norm_silu(x, weight, bias)
     x = pixel_strides(x)[0]
     B, C, H, W = x.shape
-    y = torch.empty_like(x, memory_format=torch.channels_last)
+    y = empty((B, H, W, C), x.dtype, x.device)
     with on_device(x):
         affine = group_statistics([x], weight.contiguous(), bias.contiguous(), eps, silu=True, bound=False).affine
-        _normalize_kernel[(triton.cdiv(H * W, BLOCK_P), triton.cdiv(C, BLOCK_C), B)](
+        launch(
+            _normalize_kernel, (cdiv(H * W, BLOCK_P), cdiv(C, BLOCK_C), B),
             x, affine, y, H * W, C, affine.stride(0), x.stride(0), pixel_strides(x)[1], x.stride(1),
             BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
         )  # fmt: skip
-    return y
+    return y.permute(0, 3, 1, 2)

@@ -12,11 +12,13 @@ from torch import Tensor
 from ..activation import QuantizedActivation
 from ..group_norm_silu_quantize import GROUPS, OPERATION, DynamicScale, check_group_norm
 from ..quantize_token import TINY
+from ..repeat import empty, launch
 from ..static_scale import StaticScale
 from .activations import silu
+from .clipping import add_clipped, beyond_codes, count
 from .encoding import encode, reciprocal, static_entry
 from .group_norm_statistics import GroupStatistics, group_statistics
-from .launch import on_device
+from .launch import cdiv, on_device
 from .quantize_static import pixel_strides
 from .rounding import dynamic_scale, magnitude
 from .row_parts import load_row, load_vector, row_warps, split_row, store_row
@@ -31,7 +33,7 @@ NUM_WARPS = 2
 @triton.jit
 def _normalize_quantize_kernel(
     x_ptr, affine_ptr, absmax_ptr, codes_ptr, scale_ptr, zero_point_ptr,
-    table_ptr, zero_table_ptr, bucket_ptr,
+    table_ptr, zero_table_ptr, bucket_ptr, clipped_ptr, clipped_rows,
     P, C, C_total, stride_affine, stride_cm, images_per_scale, stride_xb, stride_xp, stride_xc,
     SILU: tl.constexpr, STATIC: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, TINY: tl.constexpr,
     ABSMAX: tl.constexpr, ABSMAX_STRIDE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -61,7 +63,11 @@ def _normalize_quantize_kernel(
         scale = dynamic_scale(tl.max(tl.load(absmax_ptr + image * ABSMAX_STRIDE + tl.arange(0, ABSMAX)), axis=0), TINY)
         zero_point = 0
         tl.store(scale_ptr + entry, scale, mask=first)
-    codes = encode(y, reciprocal(scale), zero_point, HAS_ZERO_POINT)
+    inverse = reciprocal(scale)
+    if clipped_ptr is not None:
+        is_first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (image == 0)
+        add_clipped(clipped_ptr, count(inside & beyond_codes(y, inverse, zero_point, HAS_ZERO_POINT)), clipped_rows, is_first)
+    codes = encode(y, inverse, zero_point, HAS_ZERO_POINT)
     tl.store(codes_ptr + (image * P + pixels)[:, None] * stride_cm + channels[None, :], codes, mask=inside)
 
 
@@ -91,12 +97,14 @@ def _normalize_quantize_token_kernel(
 
 
 def _apply(x: Tensor, statistics: GroupStatistics, first_channel: int, absmax: Tensor, codes: Tensor, entries: ScaleEntries,
-           is_static: bool, silu: bool) -> None:  # fmt: skip
+           is_static: bool, silu: bool, clipped_rows: int) -> None:  # fmt: skip
     """Write the codes (B, H, W, C_i) of one segment, a slice of all channels' codes if those are joined."""
     B, C, H, W = x.shape
     affine = statistics.affine[:, :, first_channel:]
-    _normalize_quantize_kernel[(triton.cdiv(H * W, BLOCK_P), triton.cdiv(C, BLOCK_C), B)](
+    launch(
+        _normalize_quantize_kernel, (cdiv(H * W, BLOCK_P), cdiv(C, BLOCK_C), B),
         x, affine, absmax, codes, entries.scale, entries.zero_point_or_scale, *entries.tables,
+        entries.clipped, clipped_rows,
         H * W, C, statistics.affine.shape[2], affine.stride(0), codes.stride(2), entries.rows_per_scale // (H * W),
         x.stride(0), pixel_strides(x)[1], x.stride(1),
         SILU=silu, STATIC=is_static, HAS_ZERO_POINT=entries.zero_point is not None, TINY=TINY,
@@ -106,10 +114,11 @@ def _apply(x: Tensor, statistics: GroupStatistics, first_channel: int, absmax: T
 
 def _apply_per_token(x: Tensor, statistics: GroupStatistics, silu: bool) -> QuantizedActivation:
     B, C, H, W = x.shape
-    codes = torch.empty((B, H, W, C), dtype=torch.int8, device=x.device)
-    scale = torch.empty(B * H * W, dtype=torch.float32, device=x.device)
+    codes = empty((B, H, W, C), torch.int8, x.device)
+    scale = empty((B * H * W,), torch.float32, x.device)
     head, tail = split_row(C)
-    _normalize_quantize_token_kernel[(H * W, B)](
+    launch(
+        _normalize_quantize_token_kernel, (H * W, B),
         x, statistics.affine, codes, scale, H * W, C, statistics.affine.stride(0), x.stride(0), pixel_strides(x)[1],
         SILU=silu, TINY=TINY, HEAD=head, TAIL=tail, num_warps=row_warps(C),
     )  # fmt: skip
@@ -149,12 +158,14 @@ def _apply_segments(
     widths = [sum(x.shape[1] for x in segments)] if joined else [x.shape[1] for x in segments]
     outputs = []
     for i, width in enumerate(widths):
-        codes = torch.empty((B, H, W, width), dtype=torch.int8, device=device)
+        codes = empty((B, H, W, width), torch.int8, device)
         outputs.append((codes, scale_entries(OPERATION, static[i] if static else None, rows, B, H * W, device)))
     first_channel = 0
     for i, x in enumerate(segments):
         codes, entries = outputs[0 if joined else i]
         absmax = statistics.absmax.view(B, 2 * GROUPS) if joined else statistics.absmax[:, i]
-        _apply(x, statistics, first_channel, absmax, codes[..., first_channel:] if joined else codes, entries, bool(static), silu)
+        part = codes[..., first_channel:] if joined else codes
+        counted = 0 if joined and i else rows  # a row of joined segments is counted with its first
+        _apply(x, statistics, first_channel, absmax, part, entries, bool(static), silu, counted)
         first_channel += x.shape[1]
     return [QuantizedActivation(codes, entries.scale, entries.zero_point, entries.rows_per_scale) for codes, entries in outputs]

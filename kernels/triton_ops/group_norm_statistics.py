@@ -14,7 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..group_norm_silu_quantize import GROUPS
+from ..repeat import empty, launch
 from .activations import silu_absmax
+from .launch import cdiv
 from .quantize_static import pixel_strides
 
 BLOCK_P = 32
@@ -23,6 +25,8 @@ BLOCK_SLICES = 16
 # Slices per image, so that there are about as many programs as a large GPU runs at once, and few enough partial results.
 TARGET_PROGRAMS = 640
 MAX_SLICES = 64
+# Channels of a group in one tile: SDXL's groups have 10 to 80, and each size more is a kernel more to compile.
+LEAST_BLOCK_G = 64
 MOMENTS = 4  # mean, sum of squared differences from it, lowest, highest
 
 
@@ -68,7 +72,7 @@ def _channel_moments_kernel(
     tl.store(out + 3 * stride_moment, tl.max(highest, axis=0), mask=inside_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slices", "channels_per_group"])
 def _group_affine_kernel(
     moments_ptr, weight_ptr, bias_ptr, affine_ptr, absmax_ptr,
     P, C_total, slices, pixels_per_slice, channels_per_group, seam, stride_moment, stride_affine, eps,
@@ -132,22 +136,24 @@ def group_statistics(segments: Sequence[Tensor], weight: Tensor, bias: Tensor, e
     """Statistics of the segments' concatenation, (B, C_i, H, W) each with one distance between neighbouring pixels."""
     B, seam, H, W = segments[0].shape
     P, C = H * W, sum(x.shape[1] for x in segments)
-    wanted = max(1, min(MAX_SLICES, TARGET_PROGRAMS // (B * triton.cdiv(C, BLOCK_C))))
-    pixels_per_slice = triton.cdiv(triton.cdiv(P, wanted), BLOCK_P) * BLOCK_P
-    slices = triton.cdiv(P, pixels_per_slice)
-    moments = torch.empty((MOMENTS, B, slices, C), dtype=torch.float32, device=weight.device)
-    affine = torch.empty((2, B, C), dtype=torch.float32, device=weight.device)
-    absmax = torch.empty((B, 2, GROUPS), dtype=torch.float32, device=weight.device)
+    wanted = max(1, min(MAX_SLICES, TARGET_PROGRAMS // (B * cdiv(C, BLOCK_C))))
+    pixels_per_slice = cdiv(cdiv(P, wanted), BLOCK_P) * BLOCK_P
+    slices = cdiv(P, pixels_per_slice)
+    moments = empty((MOMENTS, B, slices, C), torch.float32, weight.device)
+    affine = empty((2, B, C), torch.float32, weight.device)
+    absmax = empty((B, 2, GROUPS), torch.float32, weight.device)
     channel_offset = 0
     for x in segments:
         channels = x.shape[1]
-        _channel_moments_kernel[(slices, triton.cdiv(channels, BLOCK_C), B)](
+        launch(
+            _channel_moments_kernel, (slices, cdiv(channels, BLOCK_C), B),
             x, moments, P, channels, pixels_per_slice, C, channel_offset, moments.stride(0), x.stride(0), pixel_strides(x)[1], x.stride(1),
             BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=4,
         )  # fmt: skip
         channel_offset += channels
-    _group_affine_kernel[(GROUPS, B)](
+    launch(
+        _group_affine_kernel, (GROUPS, B),
         moments, weight, bias, affine, absmax, P, C, slices, pixels_per_slice, C // GROUPS, seam, moments.stride(0), affine.stride(0), eps,
-        SILU=silu, BOUND=bound, BLOCK_SLICES=BLOCK_SLICES, BLOCK_G=triton.next_power_of_2(C // GROUPS), num_warps=4,
+        SILU=silu, BOUND=bound, BLOCK_SLICES=BLOCK_SLICES, BLOCK_G=max(LEAST_BLOCK_G, triton.next_power_of_2(C // GROUPS)), num_warps=4,
     )  # fmt: skip
     return GroupStatistics(affine, absmax)

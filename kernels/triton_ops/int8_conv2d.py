@@ -11,6 +11,7 @@ from ..activation import QuantizedActivation
 from ..design import BOXES, MAX_BOX_WASTE, Design, box_waste, default_conv_design
 from ..finish import Finish, as_images, image_addend
 from ..int8_conv2d import check_conv, output_side
+from ..repeat import empty, launch
 from ..tables import Product, tuned_design
 from .conv_kernel import _conv2d_kernel
 from .int8_gemm import (
@@ -124,7 +125,7 @@ def launch_conv(
     design = fitting(conv_design(codes, codes_2, N, geometry, sm), (codes, codes_2, flat_weight), sm)
     Ho, Wo = geometry.output_sides
     M = geometry.B * geometry.Ho * geometry.Wo
-    y = torch.empty((geometry.B * Ho * Wo, N), dtype=torch.int8 if finish.out_scale is not None else out_dtype, device=codes.device)
+    y = empty((geometry.B * Ho * Wo, N), torch.int8 if finish.out_scale is not None else out_dtype, codes.device)
     box = BOXES.get(design.BLOCK_M, (1, 1)) if design.tma else (1, 1)
     boxes = (cdiv(geometry.Ho, box[0]), cdiv(geometry.Wo, box[1]))
     tiles_m = geometry.B * boxes[0] * boxes[1] if design.tma else cdiv(M, design.BLOCK_M)
@@ -138,7 +139,8 @@ def launch_conv(
     if activation.zero_point is not None and constants["PARTS"] == 2:
         constants["PARTS"] = 4  # a border class's sums are as many values as a part has columns
     with on_device(y):
-        _conv2d_kernel[program_grid(design, tiles, y.device)](
+        launch(
+            _conv2d_kernel, program_grid(design, tiles, y.device),
             codes, codes_2, flat_weight, y,
             *segment_scales(activation, second), weight_scale, border_sums,
             *optional_bias(bias, y), finish.addend, finish.out_scale, finish.out_zero_point, partial, counter,

@@ -12,10 +12,12 @@ from torch import Tensor
 from ..activation import QuantizedActivation
 from ..design import Design, default_gemm_design
 from ..int8_geglu_gemm import OPERATION, check_geglu_gemm
+from ..repeat import empty, launch
 from ..static_scale import StaticScale
 from ..tables import Product, tuned_design
 from .accumulate import gemm_from_pointers, tile_position
 from .activations import gelu_erf
+from .clipping import add_clipped, beyond_codes, count
 from .encoding import encode, reciprocal, static_entry
 from .epilogue import halves, in_parts
 from .gemm_kernel import scaled_sums
@@ -82,7 +84,7 @@ def _gated(
 def _geglu_gemm_kernel(
     codes, qweight, y_ptr,
     scale_ptr, zero_point_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, has_bias,
-    table_ptr, zero_table_ptr, bucket_ptr, out_scale_ptr, out_zero_point_ptr,
+    table_ptr, zero_table_ptr, bucket_ptr, out_scale_ptr, out_zero_point_ptr, clipped_ptr,
     M, N, K, stride_am, stride_wn, rows_per_scale, rows_per_entry,
     TMA: tl.constexpr, ACC: tl.constexpr, EVEN_K: tl.constexpr, UNROLL: tl.constexpr, PARTS: tl.constexpr,
     GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -119,16 +121,22 @@ def _geglu_gemm_kernel(
         )
         inverse = reciprocal(out_scale)[:, None]
         zero_points = out_zero_point[:, None]
+    if clipped_ptr is not None:
+        beyond = tl.zeros((BLOCK_M, WIDTH), tl.int32)  # by place in a part: one reduction, after the last
     for part in tl.static_range(PARTS):
         part_n = first_n + part * WIDTH
         y = _gated(
             value_parts[part], gate_parts[part], scale_ptr, zero_point_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, bias_end,
             rows, rows_per_scale, part_n + local_n, N, inside_m, local_n < N - part_n,
         )  # fmt: skip
+        inside = inside_m[:, None] & (local_n < N - part_n)[None, :]
+        if clipped_ptr is not None:
+            beyond += (inside & beyond_codes(y, inverse, zero_points, HAS_ZERO_POINT)).to(tl.int32)
         if table_ptr is not None:
             y = encode(y, inverse, zero_points, HAS_ZERO_POINT)
-        inside = inside_m[:, None] & (local_n < N - part_n)[None, :]
         tl.store(y_ptr + (first_m * N + part_n) + local_m[:, None] * N + local_n[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+    if clipped_ptr is not None:
+        add_clipped(clipped_ptr, count(beyond), M, tile_m + tile_n == 0)
 
 
 def int8_geglu_gemm(
@@ -147,7 +155,7 @@ def int8_geglu_gemm(
     (M, K), N = codes.shape, halved.shape[1]
     sm = compute_capability(codes.device)
     design = fitting(geglu_design(M, 2 * N, K, sm), (codes, None, halved), sm)
-    y = torch.empty((M, N), dtype=out_dtype if static is None else torch.int8, device=codes.device)
+    y = empty((M, N), out_dtype if static is None else torch.int8, codes.device)
     tiles = cdiv(M, design.BLOCK_M) * cdiv(N, design.BLOCK_N // 2)
     strides = (codes.stride(0), halved.stride(1))
     if design.tma:
@@ -156,9 +164,12 @@ def int8_geglu_gemm(
     constants = design_constants(design, torch.int8, sm)
     del constants["SPLIT_K"], constants["PERSISTENT"]
     entries = None if static is None else scale_entries(OPERATION, static, M, M, M, y.device)
-    out = (None,) * 5 if entries is None else (static.scale, static.zero_point, static.bucket, entries.scale, entries.zero_point)
+    out = (None,) * 6
+    if entries is not None:
+        out = (static.scale, static.zero_point, static.bucket, entries.scale, entries.zero_point, static.clipped)
     with on_device(y):
-        _geglu_gemm_kernel[(tiles,)](
+        launch(
+            _geglu_gemm_kernel, (tiles,),
             codes, halved, y,
             activation.scale, activation.zero_point, weight_scale, weight_sum, *optional_bias(bias, y), *out,
             M, N, K, *strides, activation.rows_per_scale, 1 if entries is None else entries.rows_per_scale,

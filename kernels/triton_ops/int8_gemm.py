@@ -13,6 +13,7 @@ from ..activation import QuantizedActivation
 from ..design import Design, default_gemm_design
 from ..finish import Finish
 from ..int8_gemm import check_gemm
+from ..repeat import empty, launch
 from ..tables import Product, tuned_design
 from .gemm_kernel import _gemm_kernel
 from .launch import can_describe, cdiv, compute_capability, describe, multiprocessors, on_device, unroll_factor
@@ -74,7 +75,7 @@ def launch_gemm(
     (M, K), N, K_2 = codes.shape, qweight.shape[0], 0 if second is None else codes_2.shape[1]
     sm = compute_capability(codes.device)
     design = fitting(gemm_design(codes, codes_2, N, sm), (codes, codes_2, qweight), sm)
-    y = torch.empty((M, N), dtype=torch.int8 if finish.out_scale is not None else out_dtype, device=codes.device)
+    y = empty((M, N), torch.int8 if finish.out_scale is not None else out_dtype, codes.device)
     tiles = cdiv(M, design.BLOCK_M) * cdiv(N, design.BLOCK_N)
     partial, counter = split_workspace(design, tiles, codes)
     strides = (codes.stride(0), 0 if second is None else codes_2.stride(0), qweight.stride(0))
@@ -84,7 +85,8 @@ def launch_gemm(
         codes, codes_2 = describe(codes, a_block), None if second is None else describe(codes_2, a_block)
         qweight = describe(qweight, [design.BLOCK_N, design.BLOCK_K])
     with on_device(y):
-        _gemm_kernel[program_grid(design, tiles, y.device)](
+        launch(
+            _gemm_kernel, program_grid(design, tiles, y.device),
             codes, codes_2, qweight, y,
             *segment_scales(activation, second), weight_scale, weight_sum,
             *optional_bias(bias, y), finish.addend, finish.out_scale, finish.out_zero_point, partial, counter,

@@ -14,6 +14,7 @@ from ..activation import QuantizedActivation
 from ..design import Design
 from ..finish import Finish
 from ..int8_gemm_many import MAX_WEIGHTS, LinearWeight, checked_weights
+from ..repeat import empty, launch
 from .accumulate import add_from_descriptors, gemm_from_pointers, tile_position
 from .epilogue import in_parts
 from .gemm_kernel import finish_columns
@@ -128,7 +129,7 @@ def _launch(
     """(M, count * N) in one launch."""
     (M, K), N = codes.shape, qweights[0].shape[0]
     N_all = len(layers) * N
-    y = torch.empty((M, N_all), dtype=out_dtype, device=codes.device)
+    y = empty((M, N_all), out_dtype, codes.device)
     strides = (codes.stride(0), qweights[0].stride(0))
     # No tile asks for a weight that is not there; its place is taken by the last.
     repeated = [*layers, *[layers[-1]] * (MAX_WEIGHTS - len(layers))]
@@ -140,7 +141,8 @@ def _launch(
     constants = design_constants(design, torch.int8, sm)
     del constants["SPLIT_K"], constants["PERSISTENT"]
     with on_device(y):
-        _gemm_many_kernel[(cdiv(M, design.BLOCK_M) * (N_all // design.BLOCK_N),)](
+        launch(
+            _gemm_many_kernel, (cdiv(M, design.BLOCK_M) * (N_all // design.BLOCK_N),),
             codes, *qweights, y, activation.scale, activation.zero_point,
             *(layer.weight_scale for layer in repeated),
             *(layer.weight_sum if activation.zero_point is not None else None for layer in repeated),

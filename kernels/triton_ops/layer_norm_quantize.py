@@ -10,9 +10,11 @@ from torch import Tensor
 from ..activation import QuantizedActivation
 from ..layer_norm_quantize import check_layer_norm
 from ..quantize_token import TINY
+from ..repeat import empty, launch
 from ..static_scale import StaticScale
+from .clipping import add_clipped, beyond_codes, count
 from .encoding import encode, reciprocal, static_entry
-from .launch import on_device
+from .launch import cdiv, on_device
 from .rounding import dynamic_scale, magnitude
 from .row_parts import load_row, load_vector, row_warps, rows_per_program, split_row, store_row
 from .scale_entries import scale_entries
@@ -21,7 +23,7 @@ from .scale_entries import scale_entries
 @triton.jit
 def _layer_norm_quantize_kernel(
     x_ptr, weight_ptr, bias_ptr, codes_ptr, float_ptr, scale_ptr, zero_point_ptr,
-    table_ptr, zero_table_ptr, bucket_ptr,
+    table_ptr, zero_table_ptr, bucket_ptr, clipped_ptr,
     M, K, eps, rows_per_scale, stride_xm,
     STATIC: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, KEEP_FLOAT: tl.constexpr, TINY: tl.constexpr,
     BLOCK_M: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
@@ -55,6 +57,10 @@ def _layer_norm_quantize_kernel(
         zero_point = tl.zeros((BLOCK_M,), tl.int32)
         tl.store(scale_ptr + rows, scale, mask=inside_m)
     inverse = reciprocal(scale)[:, None]
+    if clipped_ptr is not None:
+        clipped = count(inside & beyond_codes(head, inverse, zero_point[:, None], HAS_ZERO_POINT))
+        clipped += count(inside & beyond_codes(tail, inverse, zero_point[:, None], HAS_ZERO_POINT))
+        add_clipped(clipped_ptr, clipped, M, tl.program_id(0) == 0)
     head = encode(head, inverse, zero_point[:, None], HAS_ZERO_POINT)
     tail = encode(tail, inverse, zero_point[:, None], HAS_ZERO_POINT)
     store_row(codes_ptr + rows[:, None] * K, K, inside, head, tail, HEAD, TAIL)
@@ -68,14 +74,15 @@ def layer_norm_quantize(
     x = x if x.stride(1) == 1 else x.contiguous()
     M, K = x.shape
     entries = scale_entries("layer_norm_quantize", static, M, M, 1, x.device)
-    codes = torch.empty((M, K), dtype=torch.int8, device=x.device)
-    y = torch.empty((M, K), dtype=x.dtype, device=x.device) if keep_float else None
+    codes = empty((M, K), torch.int8, x.device)
+    y = empty((M, K), x.dtype, x.device) if keep_float else None
     head, tail = split_row(K)
     block_m = rows_per_program(K)
     with on_device(x):
-        _layer_norm_quantize_kernel[(triton.cdiv(M, block_m),)](
+        launch(
+            _layer_norm_quantize_kernel, (cdiv(M, block_m),),
             x, weight.contiguous(), bias.contiguous(), codes, codes if y is None else y, entries.scale, entries.zero_point_or_scale,
-            *entries.tables, M, K, eps, entries.rows_per_scale, x.stride(0),
+            *entries.tables, entries.clipped, M, K, eps, entries.rows_per_scale, x.stride(0),
             STATIC=static is not None, HAS_ZERO_POINT=entries.zero_point is not None, KEEP_FLOAT=keep_float, TINY=TINY,
             BLOCK_M=block_m, HEAD=head, TAIL=tail, num_warps=row_warps(K),
         )  # fmt: skip

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..log2_attention import AttentionOperands, attention_operands
+from ..repeat import launch
 from .launch import cdiv, on_device
 from .rounding import ROUND_MAGIC, ROUND_MAGIC_BITS
 
@@ -149,12 +150,12 @@ def log2_attention(q: Tensor, k: Tensor, v: Tensor, bits: int, start: Tensor | N
     shared = (operands.q, operands.q_scale, operands.k, operands.k_scale)
     grid = (cdiv(Tq, BLOCK_M), len(total))
     with on_device(q):
-        _row_totals_kernel[grid](*shared, mask, total, largest, Tq, T, d, heads, **blocks)
+        launch(_row_totals_kernel, grid, *shared, mask, total, largest, Tq, T, d, heads, **blocks)
         scale = largest.view(len(q), -1).amax(1)
         values = (operands.v, operands.v_scale, operands.v_start, mask, total, scale, y)
         # Two sums and the codes of a tile do not fit the registers of 4 warps, nor on sm_120 the wider tile of 8.
         narrow = blocks | {"num_warps": 8, "BLOCK_N": BLOCK_N if mask is None else BLOCK_N // 2}
-        _log2_attention_kernel[grid](*shared, *values, Tq, T, d, heads, float(2**bits - 1), **narrow)
+        launch(_log2_attention_kernel, grid, *shared, *values, Tq, T, d, heads, float(2**bits - 1), **narrow)
     return y.view(q.shape)
 
 
@@ -164,9 +165,10 @@ def int8_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     (Tq, d), T = operands.q.shape[1:], operands.k.shape[1]
     y = torch.empty_like(operands.q, dtype=q.dtype)
     with on_device(q):
-        _int8_attention_kernel[(cdiv(Tq, BLOCK_M), len(y))](
-            operands.q, operands.q_scale, operands.k, operands.k_scale, operands.v, y, Tq, T, d, **_blocks(operands)
-        )
+        launch(
+            _int8_attention_kernel, (cdiv(Tq, BLOCK_M), len(y)),
+            operands.q, operands.q_scale, operands.k, operands.k_scale, operands.v, y, Tq, T, d, **_blocks(operands),
+        )  # fmt: skip
     return y.view(q.shape)
 
 

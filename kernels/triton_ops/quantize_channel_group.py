@@ -15,7 +15,9 @@ from ..channel_group import ChannelGroups
 from ..quantize_channel_group import check_input
 from ..quantize_static import gather_buckets
 from ..quantize_token import TINY
+from ..repeat import empty, launch
 from ..static_scale import StaticScale
+from .clipping import add_clipped, count
 from .launch import cdiv, on_device
 from .quantize_image import BLOCK_SLICES, _image_scale_kernel
 from .quantize_static import pixel_strides
@@ -51,7 +53,7 @@ def _grouped_slice_absmax_kernel(
 
 @triton.jit
 def _quantize_channel_group_kernel(
-    x_ptr, codes_ptr, order_ptr, position_factor_ptr, channel_factor_ptr, scale_ptr, zero_point_ptr,
+    x_ptr, codes_ptr, order_ptr, position_factor_ptr, channel_factor_ptr, scale_ptr, zero_point_ptr, clipped_ptr,
     P, K, rows_per_scale, stride_xb, stride_xp, stride_xc,
     DYNAMIC: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, TINY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -73,6 +75,9 @@ def _quantize_channel_group_kernel(
         tl.store(scale_ptr + rows, scale, mask=inside_p)
     else:
         scale = tl.load(scale_ptr + rows // rows_per_scale, mask=inside_p, other=1.0)
+    LOWEST: tl.constexpr = -128 if HAS_ZERO_POINT else -127
+    if clipped_ptr is not None:
+        beyond = tl.zeros((BLOCK_P, BLOCK_K), tl.int32)
     for k in range(0, K, BLOCK_K):
         inside_k = ks < K - k
         inside = inside_p[:, None] & inside_k[None, :]
@@ -82,10 +87,12 @@ def _quantize_channel_group_kernel(
         codes = round_half_even(tl.div_rn(x, tl.broadcast_to(scale[:, None], (BLOCK_P, BLOCK_K))))
         if HAS_ZERO_POINT:
             codes += tl.load(zero_point_ptr + rows // rows_per_scale, mask=inside_p, other=0)[:, None]
-            codes = tl.maximum(codes, -128)
-        else:
-            codes = tl.maximum(codes, -127)
-        tl.store(codes_ptr + rows[:, None] * K + (k + ks)[None, :], tl.minimum(codes, 127).to(tl.int8), mask=inside)
+        if clipped_ptr is not None:
+            beyond += (inside & ((codes < LOWEST) | (codes > 127))).to(tl.int32)
+        codes = tl.minimum(tl.maximum(codes, LOWEST), 127)
+        tl.store(codes_ptr + rows[:, None] * K + (k + ks)[None, :], codes.to(tl.int8), mask=inside)
+    if clipped_ptr is not None:
+        add_clipped(clipped_ptr, count(beyond), P * tl.num_programs(1), (tl.program_id(0) == 0) & (image == 0))
 
 
 def quantize_channel_group(x: Tensor, groups: ChannelGroups, static: StaticScale | None = None) -> QuantizedActivation:
@@ -95,11 +102,12 @@ def quantize_channel_group(x: Tensor, groups: ChannelGroups, static: StaticScale
     if static is not None:
         scale, zero_point, rows_per_scale = gather_buckets(x, static.scale, static.zero_point, static.bucket)
     elif dynamic:
-        scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+        scale = empty((x.shape[0],), torch.float32, x.device)
     else:
         x, _ = pixel_strides(x)
         scale, rows_per_scale = _image_scale(x, groups), x.shape[2] * x.shape[3]
-    codes = _store(x, groups, scale, zero_point, rows_per_scale, dynamic)
+    clipped = None if static is None else static.clipped
+    codes = _store(x, groups, scale, zero_point, rows_per_scale, dynamic, clipped)
     return QuantizedActivation(codes, scale, zero_point, rows_per_scale)
 
 
@@ -108,17 +116,20 @@ def _image_scale(x: Tensor, groups: ChannelGroups) -> Tensor:
     B, C, H, W = x.shape
     _, stride_p = pixel_strides(x)
     slices = cdiv(H * W, BLOCK_P)
-    absmax = torch.empty((B, slices), dtype=torch.float32, device=x.device)
-    scale = torch.empty(B, dtype=torch.float32, device=x.device)
+    absmax = empty((B, slices), torch.float32, x.device)
+    scale = empty((B,), torch.float32, x.device)
     with on_device(x):
-        _grouped_slice_absmax_kernel[(slices, B)](
-            x, groups.channel_factor, absmax, H * W, C, x.stride(0), stride_p, x.stride(1), BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=8
-        )
-        _image_scale_kernel[(B,)](absmax, scale, slices, TINY=TINY, BLOCK_SLICES=BLOCK_SLICES, num_warps=1)
+        launch(
+            _grouped_slice_absmax_kernel, (slices, B),
+            x, groups.channel_factor, absmax, H * W, C, x.stride(0), stride_p, x.stride(1), BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=8,
+        )  # fmt: skip
+        launch(_image_scale_kernel, (B,), absmax, scale, slices, TINY=TINY, BLOCK_SLICES=BLOCK_SLICES, num_warps=1)
     return scale
 
 
-def _store(x: Tensor, groups: ChannelGroups, scale: Tensor, zero_point: Tensor | None, rows_per_scale: int, dynamic: bool) -> Tensor:
+def _store(
+    x: Tensor, groups: ChannelGroups, scale: Tensor, zero_point: Tensor | None, rows_per_scale: int, dynamic: bool, clipped: Tensor | None
+) -> Tensor:
     """The codes; fills `scale` if dynamic."""
     if x.ndim == 4:
         B, C, H, W = x.shape
@@ -132,10 +143,12 @@ def _store(x: Tensor, groups: ChannelGroups, scale: Tensor, zero_point: Tensor |
         block_p = max(1, min(BLOCK_ELEMENTS // block_k, triton.next_power_of_2(P)))
     else:
         block_p, block_k = STRIDED_BLOCK
-    codes = torch.empty(shape, dtype=torch.int8, device=x.device)
+    codes = empty(shape, torch.int8, x.device)
     with on_device(x):
-        _quantize_channel_group_kernel[(cdiv(P, block_p), B)](
-            x, codes, groups.order, groups.position_factor, groups.channel_factor, scale, scale if zero_point is None else zero_point,
+        launch(
+            _quantize_channel_group_kernel, (cdiv(P, block_p), B),
+            x, codes, groups.order, groups.position_factor, groups.channel_factor,
+            scale, scale if zero_point is None else zero_point, clipped,
             P, C, rows_per_scale, stride_b, stride_p, stride_c,
             DYNAMIC=dynamic, HAS_ZERO_POINT=zero_point is not None, TINY=TINY, BLOCK_P=block_p, BLOCK_K=block_k, num_warps=4,
         )  # fmt: skip

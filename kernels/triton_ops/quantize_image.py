@@ -10,7 +10,8 @@ from torch import Tensor
 from ..activation import QuantizedActivation
 from ..quantize_image import check_images
 from ..quantize_token import TINY
-from .launch import on_device
+from ..repeat import empty, launch
+from .launch import cdiv, on_device
 from .quantize_static import pixel_strides, quantize_pixels
 from .rounding import dynamic_scale, magnitude
 
@@ -55,12 +56,13 @@ def quantize_image(x: Tensor) -> QuantizedActivation:
     check_images(x, "quantize_image")
     x, stride_p = pixel_strides(x)
     B, C, H, W = x.shape
-    slices = triton.cdiv(H * W, BLOCK_P)
-    absmax = torch.empty((B, slices), dtype=torch.float32, device=x.device)
-    scale = torch.empty(B, dtype=torch.float32, device=x.device)
+    slices = cdiv(H * W, BLOCK_P)
+    absmax = empty((B, slices), torch.float32, x.device)
+    scale = empty((B,), torch.float32, x.device)
     with on_device(x):
-        _slice_absmax_kernel[(slices, B)](
-            x, absmax, H * W, C, x.stride(0), stride_p, x.stride(1), BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=8
-        )
-        _image_scale_kernel[(B,)](absmax, scale, slices, TINY=TINY, BLOCK_SLICES=BLOCK_SLICES, num_warps=1)
-    return quantize_pixels(x, scale, None, H * W)
+        launch(
+            _slice_absmax_kernel, (slices, B),
+            x, absmax, H * W, C, x.stride(0), stride_p, x.stride(1), BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=8,
+        )  # fmt: skip
+        launch(_image_scale_kernel, (B,), absmax, scale, slices, TINY=TINY, BLOCK_SLICES=BLOCK_SLICES, num_warps=1)
+    return quantize_pixels(x, scale, H * W)

@@ -8,8 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activation import QuantizedActivation
-from ..quantize_static import gather_buckets
-from .launch import on_device
+from ..quantize_static import rows_per_bucket
+from ..repeat import empty, launch
+from .clipping import add_clipped, count
+from .encoding import static_entry
+from .launch import cdiv, on_device
 from .rounding import round_half_even
 
 BLOCK_P = 32
@@ -18,10 +21,11 @@ BLOCK_C = 128
 
 @triton.jit
 def _quantize_static_kernel(
-    x_ptr, codes_ptr, scale_ptr, zero_point_ptr,
+    x_ptr, codes_ptr, scale_ptr, zero_point_ptr, table_ptr, zero_table_ptr, bucket_ptr, clipped_ptr,
     P, C, rows_per_scale, stride_xb, stride_xp, stride_xc,
-    HAS_ZERO_POINT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    LOOK_UP: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """LOOK_UP: scales and zero points come from the tables, and are stored for the codes' reader; else they are read."""
     image = tl.program_id(2).to(tl.int64)
     pixels = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -32,14 +36,25 @@ def _quantize_static_kernel(
 
     rows = image * P + pixels
     entry = rows // rows_per_scale
-    scale = tl.load(scale_ptr + entry, mask=inside_p, other=1.0)
-    codes = round_half_even(tl.div_rn(x, tl.broadcast_to(scale[:, None], (BLOCK_P, BLOCK_C))))
-    if HAS_ZERO_POINT:
-        codes += tl.load(zero_point_ptr + entry, mask=inside_p, other=0)[:, None]
-        codes = tl.maximum(codes, -128)
+    if LOOK_UP:
+        first = inside_p & (rows % rows_per_scale + tl.program_id(1) == 0)  # of the entry's first row, and by one program
+        scale, zero_point = static_entry(
+            table_ptr, zero_table_ptr, bucket_ptr, scale_ptr, zero_point_ptr, entry, inside_p, first, HAS_ZERO_POINT
+        )
     else:
-        codes = tl.maximum(codes, -127)
-    codes = tl.minimum(codes, 127)
+        scale = tl.load(scale_ptr + entry, mask=inside_p, other=1.0)
+        zero_point = tl.zeros((BLOCK_P,), tl.int32)
+        if HAS_ZERO_POINT:
+            zero_point = tl.load(zero_point_ptr + entry, mask=inside_p, other=0)
+    codes = round_half_even(tl.div_rn(x, tl.broadcast_to(scale[:, None], (BLOCK_P, BLOCK_C))))
+    LOWEST: tl.constexpr = -128 if HAS_ZERO_POINT else -127
+    if HAS_ZERO_POINT:
+        codes += zero_point[:, None]
+    if clipped_ptr is not None:
+        beyond = inside & ((codes < LOWEST) | (codes > 127))
+        is_first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (image == 0)
+        add_clipped(clipped_ptr, count(beyond), P * tl.num_programs(2), is_first)
+    codes = tl.minimum(tl.maximum(codes, LOWEST), 127)
     tl.store(codes_ptr + rows[:, None] * C + channels[None, :], codes.to(tl.int8), mask=inside)
 
 
@@ -54,8 +69,31 @@ def pixel_strides(x: Tensor) -> tuple[Tensor, int]:
     return x, x.stride(3) if W > 1 else x.stride(2)
 
 
-def quantize_pixels(x: Tensor, scale: Tensor, zero_point: Tensor | None, rows_per_scale: int) -> QuantizedActivation:
-    """Quantize x (M, K) or (B, C, H, W) with scale and zero_point (S,), one entry per rows_per_scale rows."""
+def quantize_pixels(x: Tensor, scale: Tensor, rows_per_scale: int) -> QuantizedActivation:
+    """Quantize x (M, K) or (B, C, H, W) symmetrically with scale (S,), one entry per rows_per_scale rows."""
+    return _quantize(x, scale, None, rows_per_scale)
+
+
+def quantize_static(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, bucket: Tensor, clipped: Tensor | None = None
+) -> QuantizedActivation:
+    """See quantize_static_ref, whose codes and counts these are, bit for bit."""
+    rows_per_scale = rows_per_bucket(x, scale, zero_point, bucket)
+    tables = (scale.contiguous(), None if zero_point is None else zero_point.contiguous(), bucket.contiguous())
+    entries = empty(bucket.shape, torch.float32, x.device)
+    zero_entries = None if zero_point is None else empty(bucket.shape, torch.int32, x.device)
+    return _quantize(x, entries, zero_entries, rows_per_scale, tables, clipped)
+
+
+def _quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    rows_per_scale: int,
+    tables: tuple[Tensor, Tensor | None, Tensor] | None = None,
+    clipped: Tensor | None = None,
+) -> QuantizedActivation:
+    """One launch. tables: scale and zero point by bucket, and the buckets; they fill scale and zero_point."""
     if x.ndim == 4:
         B, C, H, W = x.shape
         x, stride_p = pixel_strides(x)
@@ -63,17 +101,15 @@ def quantize_pixels(x: Tensor, scale: Tensor, zero_point: Tensor | None, rows_pe
     else:
         (P, C), B, shape = x.shape, 1, tuple(x.shape)
         stride_b, stride_p, stride_c = 0, x.stride(0), x.stride(1)
-    codes = torch.empty(shape, dtype=torch.int8, device=x.device)
+    codes = empty(shape, torch.int8, x.device)
+    # Placeholders, where the kernel does not read: an absent pointer would be another kernel to compile.
+    table, zero_table, bucket = (scale, None, scale) if tables is None else tables
     with on_device(x):
-        _quantize_static_kernel[(triton.cdiv(P, BLOCK_P), triton.cdiv(C, BLOCK_C), B)](
+        launch(
+            _quantize_static_kernel, (cdiv(P, BLOCK_P), cdiv(C, BLOCK_C), B),
             x, codes, scale, scale if zero_point is None else zero_point,
+            table, table if zero_table is None else zero_table, bucket, clipped,
             P, C, rows_per_scale, stride_b, stride_p, stride_c,
-            HAS_ZERO_POINT=zero_point is not None, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=4,
+            LOOK_UP=tables is not None, HAS_ZERO_POINT=zero_point is not None, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=4,
         )  # fmt: skip
     return QuantizedActivation(codes, scale, zero_point, rows_per_scale)
-
-
-def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor | None, bucket: Tensor) -> QuantizedActivation:
-    """See quantize_static_ref, whose codes these are, bit for bit."""
-    scale, zero_point, rows_per_scale = gather_buckets(x, scale, zero_point, bucket)
-    return quantize_pixels(x, scale, zero_point, rows_per_scale)

@@ -9,16 +9,19 @@ from torch import Tensor
 
 from ..activation import QuantizedActivation
 from ..quantize_token import TINY, check_rows
-from .launch import on_device
+from ..repeat import empty, launch
+from .launch import cdiv, on_device
 from .rounding import dynamic_scale, magnitude, round_half_even
 from .row_parts import load_row, row_warps, rows_per_program, split_row, store_row
 
 # Longer rows do not fit in registers.
 MAX_HELD = 8192
 BLOCK_K = 2048
+# Sizes whose value or divisibility must not make another compiled kernel: a prompt has 77 tokens, or 154.
+RUNTIME_ONLY = ["M"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_ONLY)
 def _quantize_token_kernel(
     x_ptr, codes_ptr, scale_ptr,
     M, K, stride_xm,
@@ -58,15 +61,16 @@ def quantize_token(x: Tensor) -> QuantizedActivation:
     check_rows(x, "quantize_token")
     x = x if x.stride(1) == 1 else x.contiguous()
     M, K = x.shape
-    codes = torch.empty((M, K), dtype=torch.int8, device=x.device)
-    scale = torch.empty(M, dtype=torch.float32, device=x.device)
+    codes = empty((M, K), torch.int8, x.device)
+    scale = empty((M,), torch.float32, x.device)
     with on_device(x):
         if K <= MAX_HELD:
             head, tail = split_row(K)
             block_m = rows_per_program(K)
-            _quantize_token_kernel[(triton.cdiv(M, block_m),)](
-                x, codes, scale, M, K, x.stride(0), TINY=TINY, BLOCK_M=block_m, HEAD=head, TAIL=tail, num_warps=row_warps(K)
-            )
+            launch(
+                _quantize_token_kernel, (cdiv(M, block_m),),
+                x, codes, scale, M, K, x.stride(0), TINY=TINY, BLOCK_M=block_m, HEAD=head, TAIL=tail, num_warps=row_warps(K),
+            )  # fmt: skip
         else:
-            _quantize_long_token_kernel[(M,)](x, codes, scale, K, x.stride(0), TINY=TINY, BLOCK_K=BLOCK_K, num_warps=4)
+            launch(_quantize_long_token_kernel, (M,), x, codes, scale, K, x.stride(0), TINY=TINY, BLOCK_K=BLOCK_K, num_warps=4)
     return QuantizedActivation(codes, scale, None, 1)

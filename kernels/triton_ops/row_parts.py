@@ -25,7 +25,7 @@ def split_row(length: int) -> tuple[int, int]:
 
 def row_warps(length: int) -> int:
     """Warps for one row: 1 up to 1280 values, 4 at 5120."""
-    return min(MAX_WARPS, triton.next_power_of_2(triton.cdiv(length, 32 * VALUES_PER_THREAD)))
+    return min(MAX_WARPS, triton.next_power_of_2(-(-length // (32 * VALUES_PER_THREAD))))
 
 
 def rows_per_program(length: int) -> int:

@@ -7,17 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..repeat import empty
 from ..static_scale import StaticScale
 
 
 @dataclass(frozen=True)
 class ScaleEntries:
-    """scale, zero_point: (S,), filled in by the kernel. tables: scale, zero point and bucket pointers, placeholders if dynamic."""
+    """scale, zero_point: (S,), filled in by the kernel. tables: scale, zero point and bucket pointers, placeholders if dynamic.
+
+    clipped: the counters of StaticScale, or None.
+    """
 
     scale: Tensor
     zero_point: Tensor | None
     rows_per_scale: int
     tables: tuple[Tensor, Tensor, Tensor]
+    clipped: Tensor | None = None
 
     @property
     def zero_point_or_scale(self) -> Tensor:
@@ -31,10 +36,10 @@ def scale_entries(
     """The entries of `static` (samples in whole `units`), or empty ones of dynamic_rows_per_scale rows each."""
     rows_per_scale = dynamic_rows_per_scale if static is None else static.rows_per_scale(operation, rows, units)
     entries = rows // rows_per_scale
-    scale = torch.empty(entries, dtype=torch.float32, device=device)
+    scale = empty((entries,), torch.float32, device)
     if static is None:
         return ScaleEntries(scale, None, rows_per_scale, (scale, scale, scale))
     has_zero_point = static.zero_point is not None
-    zero_point = torch.empty(entries, dtype=torch.int32, device=device) if has_zero_point else None
+    zero_point = empty((entries,), torch.int32, device) if has_zero_point else None
     tables = (static.scale, static.zero_point if has_zero_point else static.scale, static.bucket)
-    return ScaleEntries(scale, zero_point, rows_per_scale, tables)
+    return ScaleEntries(scale, zero_point, rows_per_scale, tables, static.clipped)

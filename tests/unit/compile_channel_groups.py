@@ -75,7 +75,8 @@ def convolution(side: int, Cin: int, Cout: int, stride: int) -> list[tuple[str, 
 
 def quantizers() -> list[tuple[str, Any, Launch]]:
     rows, image = torch.empty(2048, 1280).half(), torch.empty(2, 320, 128, 128).half()
-    static = StaticScale(torch.empty(64), torch.empty(64, dtype=torch.int32), torch.empty(2, dtype=torch.int64))
+    counters = torch.empty(2, dtype=torch.int32)
+    static = StaticScale(torch.empty(64), torch.empty(64, dtype=torch.int32), torch.empty(2, dtype=torch.int64), counters)
     store, absmax = "_quantize_channel_group_kernel", "_grouped_slice_absmax_kernel"
     found = record("quantize token", quantize, store, lambda: quantize.quantize_channel_group(rows, groups(1280, 64)))
     found += record("quantize static", quantize, store, lambda: quantize.quantize_channel_group(rows, groups(1280, 64), static))

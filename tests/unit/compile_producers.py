@@ -26,11 +26,11 @@ from stepquant.kernels.triton_ops.row_parts import row_warps, split_row
 POINTERS = {
     "x_ptr": "*fp16", "weight_ptr": "*fp16", "bias_ptr": "*fp16", "codes_ptr": "*i8", "float_ptr": "*fp16", "scale_ptr": "*fp32",
     "zero_point_ptr": "*i32", "table_ptr": "*fp32", "zero_table_ptr": "*i32", "bucket_ptr": "*i64", "moments_ptr": "*fp32",
-    "affine_ptr": "*fp32", "absmax_ptr": "*fp32",
+    "affine_ptr": "*fp32", "absmax_ptr": "*fp32", "clipped_ptr": "*i32",
 }  # fmt: skip
 # What SDXL's shapes make multiples of 16, which Triton then knows.
 MULTIPLES_OF_16 = ("M", "N", "K", "C", "P", "C_total", "channel_offset", "seam", "rows_per_scale", "stride_xm", "stride_xb", "stride_xp",
-                   "stride_cm", "stride_moment", "stride_affine", "pixels_per_slice")  # fmt: skip
+                   "stride_cm", "stride_moment", "stride_affine", "pixels_per_slice", "clipped_rows")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def cases() -> list[Case]:
     layer_norm, geglu = layer_norm_quantize._layer_norm_quantize_kernel, geglu_quantize._geglu_quantize_kernel
     norm, statistics = group_norm_silu_quantize, group_norm_statistics
     tile = {"BLOCK_P": norm.BLOCK_P, "BLOCK_C": norm.BLOCK_C, "TINY": TINY, "SILU": True, "ABSMAX": 64, "ABSMAX_STRIDE": 64}
-    token = {"STATIC": False, "HAS_ZERO_POINT": False}
-    static = {"STATIC": True, "HAS_ZERO_POINT": True}
+    token = {"STATIC": False, "HAS_ZERO_POINT": False, "clipped_ptr": None}
+    static = {"STATIC": True, "HAS_ZERO_POINT": True}  # with counters, as ComfyUI's host has them
     apply = norm._normalize_quantize_kernel
     groups = {"SILU": True, "BOUND": True, "BLOCK_SLICES": statistics.BLOCK_SLICES}
     moments = {"stride_xc": 1, "BLOCK_P": statistics.BLOCK_P, "BLOCK_C": statistics.BLOCK_C}

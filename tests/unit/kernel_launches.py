@@ -142,7 +142,7 @@ def quantizer_launches() -> list[Launch]:
         recorders = []
         for module, names in kernels.items():
             for name in names:
-                recorders.append(Recorder(getattr(module, name), []))
+                recorders.append(Recorder(getattr(module, name), getattr(module, "RUNTIME_ONLY", [])))
                 stack.enter_context(mock.patch.object(module, name, recorders[-1]))
         image = torch.empty(2, 320, 128, 128, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
         quantize_token.quantize_token(torch.empty(2048, 1280, dtype=torch.float16))

@@ -19,7 +19,7 @@ from ....kernels.layer_norm_quantize import MAX_ROW
 from ....quant.scheme import ActivationMode, ComputeType
 from ... import fused
 from ..graph_capture import is_capturing
-from ..ops import QuantizableOp, borrow_norm
+from ..ops import QuantizableOp, borrow_norm, resident_norm
 
 FUSABLE = (ActivationMode.TOKEN, ActivationMode.STATIC)
 
@@ -36,10 +36,39 @@ def stored_scale(layer: QuantizableOp, bucket: Tensor, units: int) -> StaticScal
     """The layer's tables on the bucket's device; None if it is dynamic or the samples do not divide the units (images or rows)."""
     if layer.scheme.activation is not ActivationMode.STATIC or layer.act_scale is None or units % bucket.numel():
         return None
+    saturation = layer.saturation
+    if saturation is not None and saturation.switched:
+        return None
     # While weights are held, so are copies of the tables that stay where they are: a CUDA graph reads those.
     tables = layer.resident.tensors if layer.is_held else layer
     zero_point = tables.act_zero_point
-    return StaticScale(tables.act_scale.to(bucket.device), None if zero_point is None else zero_point.to(bucket.device), bucket)
+    zero_point = None if zero_point is None else zero_point.to(bucket.device)
+    return StaticScale(tables.act_scale.to(bucket.device), zero_point, bucket, None if saturation is None else saturation.counters)
+
+
+def _watch_together(layers: Sequence[QuantizableOp]) -> None:
+    """Clipped values of layers that share one quantization are counted once, and they switch together."""
+    first = layers[0].saturation
+    for layer in layers[1:] if first is not None else ():
+        first.layers.append(layer.layer_name)
+        layer.saturation = first
+
+
+def held_tensors(x: Tensor, norm: nn.Module | None, layers: Sequence[QuantizableOp]) -> list | None:
+    """[NormTensors, LayerTensors...] of what can run in one piece: all weights are held, and no branch needs a float input.
+
+    Without a norm: of the layers alone. None if the layers must be borrowed one by one.
+    """
+    found = []
+    if norm is not None:
+        if (tensors := resident_norm(norm, x)) is None:
+            return None
+        found.append(tensors)
+    for layer in layers:
+        if layer.branch is not None or not layer.is_held or not layer.kernels_fit():
+            return None
+        found.append(layer.resident.tensors)
+    return found
 
 
 class NormedLinears:
@@ -50,8 +79,8 @@ class NormedLinears:
         self._fusable = all(can_fuse(layer) for layer in layers) and all(layer.scheme == layers[0].scheme for layer in layers)
         self._tables: list[Tensor | None] | None = None
         self._shared = False
-        if self._fusable:
-            self._share_tables()
+        if self._fusable and self._share_tables():
+            _watch_together(layers)
 
     def __call__(self, x: Tensor, bucket: Tensor) -> list[Tensor]:
         """x (..., K) -> per layer (..., N)."""
@@ -76,15 +105,15 @@ class NormedLinears:
         return self._shared
 
     def _fused(self, x: Tensor, bucket: Tensor) -> list[Tensor] | None:
+        if held := held_tensors(x, self._norm, self._layers):
+            static = stored_scale(self._layers[0], bucket, x.numel() // x.shape[-1])
+            return fused.normed_products(x, held[0], static, held[1:])
         has_branch = any(layer.branch is not None for layer in self._layers)
         with borrow_norm(self._norm, x) as norm:
             if norm is None:
                 return None
             static = stored_scale(self._layers[0], bucket, x.numel() // x.shape[-1])
             codes, y = fused.layer_norm(x, norm, static, has_branch)
-        if len(self._layers) > 1 and not has_branch and all(layer.is_held for layer in self._layers):
-            together = fused.products(codes, [layer.resident.tensors for layer in self._layers], x.dtype)
-            return [output.view(*x.shape[:-1], -1) for output in together]
         outputs = []
         for layer in self._layers:
             with layer.borrow(x) as tensors:
@@ -105,7 +134,10 @@ class AddedLinear:
         """x (..., K), residual (..., N) -> (..., N)."""
         layer, output = self._layer, None
         if self._fusable and not layer.weight_function:
-            output = self.of_codes(fused.quantize(x, stored_scale(layer, bucket, x.numel() // x.shape[-1])), x, residual)
+            static = stored_scale(layer, bucket, x.numel() // x.shape[-1])
+            if held := held_tensors(x, None, [layer]):
+                return fused.added_product(x, static, held[0], residual)
+            output = self.of_codes(fused.quantize(x, static), x, residual)
         if output is None:
             return layer(x) + residual
         return output if layer.branch is None else output + layer.branch.linear(x)
@@ -150,6 +182,10 @@ class GatedLinears:
 
     def _fused(self, x: Tensor, residual: Tensor, bucket: Tensor) -> Tensor | None:
         rows = x.numel() // x.shape[-1]
+        if held := held_tensors(x, self._norm, (self._projection, self._second_layer)):
+            norm, projection, second = held
+            statics = stored_scale(self._projection, bucket, rows), stored_scale(self._second_layer, bucket, rows)
+            return fused.feed_forward(x, norm, statics, projection, second, residual)
         with borrow_norm(self._norm, x) as norm:
             if norm is None:
                 return None
@@ -176,6 +212,8 @@ class GroupNormedLinear:
         return layer(self._norm(x).permute(0, 2, 3, 1).flatten(1, 2)) if tokens is None else tokens
 
     def _fused(self, x: Tensor, bucket: Tensor) -> Tensor | None:
+        if held := held_tensors(x, self._norm, [self._layer]):
+            return fused.group_normed_product(x, held[0], stored_scale(self._layer, bucket, x.shape[0]), held[1])
         with borrow_norm(self._norm, x) as norm:
             if norm is None:
                 return None
@@ -202,6 +240,9 @@ class ActivatedConv:
 
     def _fused(self, x: Tensor, addend: Tensor, bucket: Tensor) -> Tensor | None:
         conv = self._conv
+        if held := held_tensors(x, self._norm, [conv]):
+            static = stored_scale(conv, bucket, x.shape[0])
+            return fused.activated_convolution(x, held[0], static, held[1], addend, conv.stride[0], conv.padding[0])
         with borrow_norm(self._norm, x) as norm:
             if norm is None:
                 return None
