@@ -3,53 +3,34 @@
     python benchmarks/channel_groups.py [--part layers demo hard attention speed] [--prompts 4] [--steps 10]
 
 JSON lines are appended to benchmarks/results/channel_groups.jsonl. 6 bits are simulated: int8 kernels have no 6-bit codes.
+`layers` and `speed` need torch alone; the others, in channel_group_models.py, the demo model and diffusers.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import importlib
 import json
+import os
+import statistics
 import sys
-from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stepquant.demo.hard_variant import (
-    SDXL_GAP_DB,
-    SITES,
-    activation_sqnr_db,
-    channel_absmax,
-    gaps_db,
-    harden,
-    matched_growth,
-    weight_sqnr_db,
-)
-from stepquant.demo.pipeline import load_demo_pipeline
-from stepquant.demo.prompts import CALIBRATION, heldout_prompts
-from stepquant.demo.record import command_line, environment
-from stepquant.hosts.diffusers.attention import attention_layers, set_attention
-from stepquant.hosts.diffusers.calibrate import calibrate
-from stepquant.hosts.diffusers.fidelity import step_sqnr
-from stepquant.hosts.diffusers.quantize import attach_counter, quantize_unet, unet_shapes
-from stepquant.hosts.diffusers.trajectory import Sampling, Trajectory, record_trajectory, replay, unet_in_place
-from stepquant.hosts.key_mapping import ldm_to_diffusers
 from stepquant.kernels import dispatch
-from stepquant.kernels.activation import QuantizedActivation
-from stepquant.quant.activation_choice import choose_activation, choose_grouping, measured_recipe
+from stepquant.quant.activation_choice import choose_grouping
 from stepquant.quant.activation_noise import output_sqnr_db, simulated_rows
 from stepquant.quant.kmeans_groups import kmeans_groups
-from stepquant.quant.layers import find_layers
-from stepquant.quant.log2_attention import AttentionMode, AttentionScheme
-from stepquant.quant.mac_counter import MacCounter
 from stepquant.quant.observer import LayerObserver, LayerStatistics
-from stepquant.quant.recipe import preset_recipe
 from stepquant.quant.scheme import ActivationMode, Scheme
 from stepquant.quant.timestep import uniform_groups
+from stepquant.version import VERSION
 
+sys.path.insert(0, str(Path(__file__).parent))
 OUT = Path(__file__).parent / "results" / "channel_groups.jsonl"
 PARTS = ("layers", "demo", "hard", "attention", "speed")
 GROUP_COUNTS = (1, 2, 4, 8, 16)
@@ -58,9 +39,10 @@ WIDTHS = [("to_q", 640, 640, 1), ("to_q", 1280, 1280, 1), ("ff.net.2", 5120, 128
 # 13 of 1280 channels stand out (research on SDXL's Linears; MixDQ's figures for ff.net.2 and the start token are of this size).
 OUTLIER_SHARE, OUTLIER_FACTORS = 0.01, (10.0, 30.0)
 ROWS = 256
-DEMO_GRANULARITY = 8  # K / 8 of the demo's 64 to 512 channels is what K / 64 is of SDXL's 640 to 5120
-CALIBRATION_SEED = 10_000
-ROUNDS = 2  # of matching: rounding to 0 makes a layer's noise grow less than its range
+# M, N, K of the timed products, SDXL at 1024x1024 with CFG
+PRODUCTS = [(2048, 1280, 1280), (2048, 10240, 1280), (2048, 1280, 5120), (8192, 640, 640)]
+# Calls of a timed CUDA graph: their operands rotate through more memory than an H100's 50 MB of L2.
+ROTATED_BYTES, MIN_CALLS, REPLAYS = 125 << 20, 12, 9
 
 
 def main() -> int:
@@ -74,15 +56,27 @@ def main() -> int:
     parser.add_argument("--calibration-prompts", type=int, default=6)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    runs = {"layers": single_layers, "demo": demo, "hard": hard, "attention": attention, "speed": speed}
+    runs = {"layers": single_layers, "speed": speed}
     with args.out.open("a", encoding="utf-8") as file:
         for part in args.part:
-            for record in runs[part](args):
+            run = runs[part] if part in runs else getattr(importlib.import_module("channel_group_models"), part)
+            for record in run(args):
                 sys.stdout.write(json.dumps(record) + "\n")
-                line = {"kind": f"channel_groups {part}", **record, **environment(), "command": command_line()}
-                file.write(json.dumps(line) + "\n")
+                sys.stdout.flush()
+                file.write(json.dumps({"kind": f"channel_groups {part}", **record, **_environment()}) + "\n")
                 file.flush()
     return 0
+
+
+def _environment() -> dict[str, object]:
+    return {
+        "stepquant": VERSION,
+        "commit": os.environ.get("STEPQUANT_COMMIT"),
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "command": " ".join(["python", "benchmarks/channel_groups.py", *sys.argv[1:]]),
+        "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def single_layers(args: argparse.Namespace) -> Iterator[dict]:
@@ -129,135 +123,56 @@ def _layer_rows(statistics: LayerStatistics, weight: Tensor, bits: int) -> Itera
                 yield row(f"channel_group on {base.value}", noisy, count, grouping.groups, granularity)
 
 
-def demo(args: argparse.Namespace) -> Iterator[dict]:
-    """The demo model as it is."""
-    pipeline = load_demo_pipeline()
-    yield from _model_rows(pipeline, "demo", args)
-
-
-def hard(args: argparse.Namespace) -> Iterator[dict]:
-    """The hard variant: first how hard it is, then the same table."""
-    pipeline = load_demo_pipeline()
-    trajectory = record_trajectory(pipeline, heldout_prompts(args.prompts), Sampling(args.steps, 5.0, 0))
-    absmax = channel_absmax(pipeline.unet, trajectory.calls)
-    growth = dict.fromkeys(SITES, args.growth)
-    if args.growth is None:
-        growth = yield from _match(pipeline.unet, trajectory.calls[:1], absmax)
-    variant = harden(pipeline.unet, growth, absmax)
-    reference, same = trajectory.calls[0].output, next(answer for _, answer in replay(variant, Trajectory(trajectory.calls[:1])))
-    error = float((same - reference).norm() / reference.norm())
-    yield {"model": "hard", "growth": _rounded(growth), "fp32_relative_difference": error}
-    pipeline.unet = variant
-    yield from _model_rows(pipeline, "hard", args)
-
-
-def _match(unet: nn.Module, calls: list, absmax: dict[str, Tensor]) -> Generator[dict, None, dict[str, float]]:
-    """The growth of each site that brings its layers to SDXL's sensitivity; yields what each round measured."""
-    weight, growth, variant = weight_sqnr_db(unet, calls), dict.fromkeys(SITES, 1.0), unet
-    for done in range(ROUNDS + 1):
-        gaps = gaps_db(variant, activation_sqnr_db(variant, calls), weight)
-        yield {"model": "hard", "round": done, "growth": _rounded(growth), "gap_db": _rounded(gaps), "sdxl_gap_db": dict(SDXL_GAP_DB)}
-        if done < ROUNDS:
-            more = matched_growth(gaps)
-            growth = {site: growth[site] * more[site] for site in growth}
-            variant = harden(unet, growth, absmax)
-    return growth
-
-
-def _rounded(values: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 2) for name, value in values.items()}
-
-
-def _model_rows(pipeline, model: str, args: argparse.Namespace) -> Iterator[dict]:
-    """SQNR of the UNet's output at A8, and of the layers' outputs at A8 and A6, on prompts that were not calibrated on."""
-    unet = pipeline.unet
-    layers = find_layers(unet_shapes(unet))
-    calibration = calibrate(pipeline, CALIBRATION[: args.calibration_prompts], Sampling(args.steps, 5.0, CALIBRATION_SEED))
-    trajectory = record_trajectory(pipeline, heldout_prompts(args.prompts), Sampling(args.steps, 5.0, 0))
-
-    def weight_of(name: str) -> Tensor:
-        return unet.get_submodule(ldm_to_diffusers(name)).weight
-
-    recipes = {mode: (preset_recipe(mode, layers), {}) for mode in ("w8a8-token", "w8a8-static")}
-    for count in args.groups:
-        recipes[f"measured, at most {count} groups"] = measured_recipe(calibration, weight_of, layers, count, DEMO_GRANULARITY)
-    for mode, (recipe, choices) in recipes.items():
-        candidate, counter = quantize_unet(copy.deepcopy(unet), recipe, calibration), MacCounter()
-        attach_counter(candidate, counter)
-        with unet_in_place(pipeline, candidate):
-            steps = step_sqnr(candidate, trajectory)
-        record = {"model": model, "mode": mode, "bits": 8, "simulated": False}
-        record |= {"sqnr_db": round(steps.mean_db(), 2), "sqnr_worst_db": round(steps.worst_db(), 2)}
-        record["integer_mac_share"] = round(counter.integer_share(), 4)
-        if choices:
-            record["modes"] = dict(Counter(choice.scheme.activation.value for choice in choices.values()))
-            record["effective_groups"] = dict(Counter(choice.groups for choice in choices.values()))
-            record["granularity"] = DEMO_GRANULARITY
-            record["layers"] = {name: choice.groups for name, choice in choices.items() if choice.groups > 1}
-        yield record
-    for bits in (8, 6):
-        yield {"model": model, "bits": bits, "simulated": True, **_by_kind(calibration, weight_of, layers, bits)}
-
-
-def _by_kind(calibration, weight_of, layers: dict, bits: int) -> dict:
-    """Median over layers of what each mode gives the layer's output, activation noise alone, by kind of layer."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for name in layers:
-        kind = next((kind for kind in (*SDXL_GAP_DB, "in_layers.2", "out_layers.3") if name.endswith(kind)), "other")
-        choice = choose_activation(name, calibration.layers[name], weight_of(name), uniform_groups(8), 16, DEMO_GRANULARITY, bits)
-        for mode, value in choice.sqnr_db.items():
-            found.setdefault(kind, {}).setdefault(mode, []).append(value)
-    medians = {kind: {mode: round(sorted(values)[len(values) // 2], 1) for mode, values in modes.items()} for kind, modes in found.items()}
-    return {"layer_sqnr_db": medians}
-
-
-def attention(args: argparse.Namespace) -> Iterator[dict]:
-    """Attention modes alone, all else float. The start token is marked as SDXL's is (hard_variant.py), for it is found by value."""
-    pipeline = load_demo_pipeline()
-    trajectory = record_trajectory(pipeline, heldout_prompts(args.prompts), Sampling(args.steps, 5.0, 0))
-    schemes = {"int8 qk": AttentionScheme(AttentionMode.INT8_QK)}
-    for bits in (8, 6, 4):
-        schemes[f"log2 {bits} bit"] = AttentionScheme(AttentionMode.LOG2, bits)
-        schemes[f"log2 {bits} bit, start token quantized"] = AttentionScheme(AttentionMode.LOG2, bits, keep_start=False)
-    marked = harden(pipeline.unet, {}, channel_absmax(pipeline.unet, trajectory.calls[:1]))
-    for layers in ("attn1", "attn2"):
-        for mode, scheme in schemes.items():
-            if layers == "attn1" and not scheme.keep_start:
-                continue  # self-attention has none
-            unet: nn.Module = copy.deepcopy(marked)
-            set_attention(unet, {name: scheme for name in attention_layers(unet) if name.endswith(layers)})
-            steps = step_sqnr(unet, trajectory)
-            yield {
-                "model": "demo",
-                "layers": layers,
-                "mode": mode,
-                "sqnr_db": round(steps.mean_db(), 2),
-                "sqnr_worst_db": round(steps.worst_db(), 2),
-            }
-
-
 def speed(args: argparse.Namespace) -> Iterator[dict]:
-    """What channel groups cost the product and the quantization on this GPU: medians, int8 without groups beside it."""
-    from triton.testing import do_bench
+    """What channel groups cost the product and the quantization on this GPU, int8 without groups beside it.
 
-    for M, N, K in [(2048, 1280, 1280), (2048, 10240, 1280), (2048, 1280, 5120), (8192, 640, 640)]:
-        x = torch.randn(M, K, device="cuda").half()
-        codes, qweight = (torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda") for shape in ((M, K), (N, K)))
-        scale, ones = torch.ones(M, device="cuda"), torch.ones(N, device="cuda")
-        activation = QuantizedActivation(codes, scale, None, 1)
-        plain = do_bench(lambda: dispatch.int8_gemm(activation, qweight, ones), return_mode="median")  # noqa: B023
-        token = do_bench(lambda: dispatch.quantize_token(x), return_mode="median")  # noqa: B023
+    Medians of CUDA graphs: with the gaps between launches, without Python. `cost` is of the product alone.
+    """
+    for M, N, K in PRODUCTS:
+        copies = min(MIN_CALLS, ROTATED_BYTES // (M * K + N * K + 2 * M * N) + 1)
+        inputs = [torch.randn(M, K, device="cuda").half() for _ in range(copies)]
+        activations = [dispatch.quantize_token(x) for x in inputs]
+        weights = [torch.randint(-127, 128, (N, K), dtype=torch.int8, device="cuda") for _ in range(copies)]
+        pairs, ones = list(zip(activations, weights, strict=True)), torch.ones(N, device="cuda")
+        plain = _graph_ms(lambda pair, ones=ones: dispatch.int8_gemm(*pair, ones), pairs)
+        token = _graph_ms(dispatch.quantize_token, inputs)
         for granularity in (64, 128):
-            for count in (2, 4, 8):
+            for count in (1, 2, 4, 8):
                 if count > K // granularity:
                     continue
                 exponents = torch.tensor([max(0, count - 1 - block) for block in range(K // granularity)], dtype=torch.int8)
-                groups = dispatch.channel_groups(torch.randperm(K, device="cuda").int(), exponents, granularity)
-                product = do_bench(lambda: dispatch.channel_group_gemm(activation, groups, qweight, ones), return_mode="median")  # noqa: B023
-                quantize = do_bench(lambda: dispatch.quantize_channel_group(x, groups), return_mode="median")  # noqa: B023
-                record = {"shape": [M, N, K], "groups": count, "granularity": granularity, "p50_ms": round(product, 4)}
-                record |= {"plain_p50_ms": round(plain, 4), "cost": round(product / plain - 1, 3)}
-                yield record | {"quantize_p50_ms": round(quantize, 4), "quantize_token_p50_ms": round(token, 4)}
+                groups = dispatch.channel_groups(torch.randperm(K).int().cuda(), exponents, granularity)
+
+                def product(pair: Sequence, groups=groups, ones=ones) -> Tensor:
+                    return dispatch.channel_group_gemm(pair[0], groups, pair[1], ones)
+
+                grouped = _graph_ms(product, pairs)
+                quantize = _graph_ms(lambda x, groups=groups: dispatch.quantize_channel_group(x, groups), inputs)
+                record = {"shape": [M, N, K], "groups": count, "granularity": granularity, "p50_ms": round(grouped, 5)}
+                record |= {"plain_p50_ms": round(plain, 5), "cost": round(grouped / plain - 1, 3)}
+                yield record | {"quantize_p50_ms": round(quantize, 5), "quantize_token_p50_ms": round(token, 5)}
+
+
+def _graph_ms(call: Callable[[object], object], operands: Sequence) -> float:
+    """Median time of a call inside of a CUDA graph that goes through all operands."""
+    call(operands[0])
+    torch.cuda.synchronize()
+    rounds = -(-MIN_CALLS // len(operands))
+    graph, outputs = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            outputs = [call(operand) for operand in operands]
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / (rounds * len(operands)))
+    del outputs
+    return statistics.median(times)
 
 
 if __name__ == "__main__":

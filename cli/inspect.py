@@ -12,6 +12,8 @@ from rich.table import Table
 
 from .output import console, print_json, size_text
 
+SCALES = ("weight_scale", "group_scale", "act_scale", "act_zero_point", "channel_order", "channel_exponents")
+
 
 def inspect(
     file: Annotated[Path, typer.Argument(help="A quantized model or a calibration made by StepQuant.")],
@@ -39,7 +41,7 @@ def _describe_model(file: Path) -> dict[str, object]:
     model = read_model(file)
     sizes = {
         "codes": sum(_bytes(layer.qweight) for layer in model.layers.values()),
-        "scales": sum(_bytes(layer.weight_scale, layer.act_scale, layer.act_zero_point) for layer in model.layers.values()),
+        "scales": sum(_bytes(*(getattr(layer, part) for part in SCALES)) for layer in model.layers.values()),
         "unet_16_bit": _bytes(*model.rest.values()) + sum(_bytes(layer.bias) for layer in model.layers.values()),
         "text_encoders_and_vae": _bytes(*model.extra.values()),
     }
@@ -59,11 +61,17 @@ def _describe_model(file: Path) -> dict[str, object]:
         "groups": list(header.recipe.groups),
         "schemes": _count_schemes(header.recipe.schemes),
         "quantizable_layers_in_16_bit": sorted(kept),
-        "layers": {name: scheme.to_json() for name, scheme in header.recipe.schemes.items()},
+        "layers": {name: _describe_layer(scheme, model.layers[name]) for name, scheme in header.recipe.schemes.items()},
         "calibration": header.calibration,
         "size_bytes": file.stat().st_size,
         "part_bytes": sizes,
     }
+
+
+def _describe_layer(scheme, layer) -> dict[str, object]:
+    """The scheme; of channel groups also how many the layer really has, which is at most what the scheme allows."""
+    found = scheme.to_json()
+    return found | {"effective_groups": len(layer.channel_exponents.unique())} if scheme.is_grouped else found
 
 
 def _count_schemes(schemes) -> list[dict[str, object]]:
@@ -93,6 +101,8 @@ def _show_model(report: dict, with_layers: bool) -> None:
     for scheme in report["schemes"]:
         zero_point = "" if scheme["symmetric"] else " with zero point"
         table.add_row("", f"{scheme['layers']} layers: W{scheme['weight_bits']}, {scheme['activation']}{zero_point}, {scheme['compute']}")
+    if grouped := [layer for layer in report["layers"].values() if "effective_groups" in layer]:
+        table.add_row("channel groups", _channel_groups_text(grouped))
     if kept := report["quantizable_layers_in_16_bit"]:
         table.add_row("", f"{len(kept)} quantizable layers kept in 16 bit")
     if report["timestep_groups"] > 1:
@@ -105,7 +115,7 @@ def _show_model(report: dict, with_layers: bool) -> None:
     console.print(table)
     if with_layers:
         for name, scheme in report["layers"].items():
-            console.print(f"{name}: W{scheme['weight_bits']} {scheme['activation']}", soft_wrap=True)
+            console.print(f"{name}: W{scheme['weight_bits']} {scheme['activation']}{_own_groups_text(scheme)}", soft_wrap=True)
 
 
 def _show_calibration(report: dict, with_layers: bool) -> None:
@@ -119,6 +129,18 @@ def _calibration_text(summary: dict) -> str:
     parts += [f"{len(prompts)} prompts"] if isinstance(prompts, list) else []
     parts += [f"{key} {summary[key]}" for key in ("scheduler", "sampler", "steps", "guidance", "cfg", "seed") if key in summary]
     return ", ".join(parts) or "unknown"
+
+
+def _channel_groups_text(layers: list[dict]) -> str:
+    counts = Counter((layer["effective_groups"], layer["granularity"]) for layer in layers)
+    return ", ".join(f"{layers} layers in {groups} of {granularity}" for (groups, granularity), layers in sorted(counts.items()))
+
+
+def _own_groups_text(scheme: dict) -> str:
+    if "effective_groups" not in scheme:
+        return ""
+    groups = f"{scheme['effective_groups']} of at most {scheme['channel_groups']} groups, granularity {scheme['granularity']}"
+    return f" on {scheme['group_base']}, {groups}"
 
 
 def _groups_text(report: dict) -> str:

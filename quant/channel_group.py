@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ..errors import SchemeError
 from .observer import LayerStatistics
+from .scheme import GRANULARITIES
+from .weight import INT8_MAX, QuantizedWeight, quantize_weight
 
 # Ratio of the largest group's scale to the smallest's: 2^12 is more than int8 codes of one layer can use.
 MAX_EXPONENT = 12
@@ -163,16 +165,56 @@ def within_int32(grouping: ChannelGrouping, codes: Tensor, symmetric: bool) -> C
     The worst sum is max_n sum_k |codes[n, k]| 2^exponent[k] times the largest |code - zero_point|, 127 or 255.
     Args: codes: int8 weight codes in stored order, (N, K) or (Cout, kh, kw, Cin).
     """
-    per_channel = codes.long().abs().flatten(1, -2).sum(1) if codes.ndim == 4 else codes.long().abs()  # (N, K)
+    per_channel = _absolute_sums(codes)
     limit = int(grouping.exponents.max())
     while limit > 0:
         exponents = (grouping.exponents - (grouping.exponents.max() - limit)).clamp_min(0)
         cut = ChannelGrouping(grouping.order, exponents, grouping.granularity)
         factor = torch.bitwise_left_shift(torch.ones_like(cut.by_position()), cut.by_position())
-        if int((per_channel * factor.to(codes.device)).sum(1).max()) * (127 if symmetric else 255) <= INT32_MAX:
+        if int((per_channel * factor.to(codes.device)).sum(1).max()) * _largest_difference(symmetric) <= INT32_MAX:
             return cut
         limit -= 1
     return ChannelGrouping(grouping.order, torch.zeros_like(grouping.exponents), grouping.granularity)
+
+
+def _absolute_sums(codes: Tensor) -> Tensor:
+    """(N, K) or (Cout, kh, kw, Cin) int8 -> (N, K) int64: sum of |code| over the taps."""
+    return codes.long().abs().flatten(1, -2).sum(1) if codes.ndim == 4 else codes.long().abs()
+
+
+def _largest_difference(symmetric: bool) -> int:
+    """Of an activation's code and its zero point."""
+    return 127 if symmetric else 255
+
+
+def regrouped_weight(weight: Tensor, grouping: ChannelGrouping, symmetric: bool, layer: str) -> QuantizedWeight:
+    """Codes of another weight (a LoRA merged, two models mixed) for a layer whose groups are fixed, in their order.
+
+    A layer's activation tables are in units of its groups' base scale, so exponents cannot be cut as within_int32 does it:
+    a row whose sums could pass 2^31 gets a larger scale instead.
+    Args: weight: (N, K) or (Cout, Cin, kh, kw), any float dtype; left unchanged. symmetric: activations have no zero point.
+    Raises: WeightError if the weight is not finite.
+    """
+    quantized = quantize_weight(weight, layer)
+    codes, scale = quantized.codes, quantized.scale
+    rows = (weight.permute(0, 2, 3, 1) if weight.ndim == 4 else weight).float()
+    factor = torch.bitwise_left_shift(torch.ones_like(grouping.by_channel()), grouping.by_channel()).to(codes.device)
+    limit = INT32_MAX // _largest_difference(symmetric)
+    while True:
+        excess = (_absolute_sums(codes) * factor).sum(1) / limit  # (N,)
+        if bool((excess <= 1).all()):
+            return QuantizedWeight(codes[..., grouping.order.long().to(codes.device)].contiguous(), scale)
+        # 1 % more than the sums ask for: rounding may bring them back up.
+        scale = torch.where(excess > 1, scale * excess.float() * 1.01, scale)
+        codes = (rows / scale.view(-1, *[1] * (rows.ndim - 1))).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+
+
+def granularity_of(K: int, blocks: int) -> int:
+    """The granularity at which K channels make so many blocks.
+
+    It is the only one, unless there is one block: then the largest, as all are the same grouping.
+    """
+    return next(granularity for granularity in sorted(GRANULARITIES, reverse=True) if max_groups(K, granularity) == blocks)
 
 
 def stored_grouping(order: Tensor, exponents: Tensor, granularity: int) -> ChannelGrouping | None:

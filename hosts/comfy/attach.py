@@ -11,16 +11,16 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
-from ...errors import SchemeError
 from ...quant.layers import is_quantizable
 from ...quant.mac_counter import MacCounter
 from ...quant.recipe import Recipe
 from ..acceleration import Acceleration
-from . import blocks, kv_cache, lora
+from . import blocks, kv_cache, lora, saturation
 from .attention import set_attention
 from .dense_saving import bind_dense_saving
 from .graph import UNetRunner, bind_runner
 from .ops import QuantizableOp
+from .saturation import SaturationGuard
 from .tap import TimestepTap
 
 CALLBACK_KEY = "stepquant"
@@ -34,6 +34,7 @@ class QuantizedState:
     patches, backup: of the patcher that ComfyUI loaded last, kept for saving while it is loaded.
     patch_version: rises whenever a low-rank branch changes. hooks_reason: set while hooks change weights.
     kv_cache: of the cross-attention layers, None without fused blocks. runner: None if acceleration is off.
+    saturation: None while the model is attached.
     """
 
     recipe: Recipe
@@ -47,16 +48,19 @@ class QuantizedState:
     hooks_reason: str | None = None
     kv_cache: Any = None
     runner: UNetRunner | None = None
+    saturation: SaturationGuard | None = None
 
     def weights_moved(self) -> None:
         if self.runner is not None:
             self.runner.invalidate()
 
     def run_ended(self) -> None:
+        self.saturation.end_run()
         if self.runner is not None:
             self.runner.residency.let_go()
 
     def unloaded(self) -> None:
+        self.saturation.unloaded()
         if self.kv_cache is not None:
             self.kv_cache.clear()
         if self.runner is not None:
@@ -76,7 +80,6 @@ def attach(
     acceleration: Acceleration = Acceleration.AUTO,
 ) -> None:
     """Make the patcher's freshly built UNet one model: names, schemes, one tap, saving, callbacks (copied to clones)."""
-    _check_runs_here(recipe)
     model = patcher.model
     model.stepquant = QuantizedState(recipe, base_model, calibration, acceleration=Acceleration(acceleration))
     model.stepquant.tap.follow(model.model_sampling)
@@ -87,6 +90,8 @@ def attach(
             module.scheme = recipe.schemes.get(name, module.scheme)
             module.tap = model.stepquant.tap
     unet.time_embed[0].observes_timestep = True
+    model.stepquant.saturation = SaturationGuard(unet, recipe.saturation_limit)
+    saturation.watch(patcher)
     if model.stepquant.acceleration is not Acceleration.OFF:
         blocks.bind(unet, model.stepquant)
         kv_cache.watch(patcher)
@@ -95,7 +100,7 @@ def attach(
     set_attention(patcher, recipe.attention)
     for call, function in (
         (CallbacksMP.ON_LOAD, lora.on_load),
-        (CallbacksMP.ON_PRE_RUN, lora.reconcile),
+        (CallbacksMP.ON_PRE_RUN, _on_pre_run),
         (CallbacksMP.ON_CLEANUP, _on_cleanup),
         (CallbacksMP.ON_DETACH, lora.release),
         (CallbacksMP.ON_APPLY_HOOKS, lora.on_apply_hooks),
@@ -104,16 +109,13 @@ def attach(
         patcher.add_callback_with_key(call, CALLBACK_KEY, function)
 
 
+def _on_pre_run(patcher: ModelPatcher) -> None:
+    lora.reconcile(patcher)
+    patcher.model.stepquant.saturation.begin_run()
+
+
 def _on_cleanup(patcher: ModelPatcher) -> None:
     patcher.model.stepquant.run_ended()
-
-
-def _check_runs_here(recipe: Recipe) -> None:
-    for name, scheme in recipe.schemes.items():
-        if scheme.is_grouped:
-            raise SchemeError(
-                f"{name}: its input is in channel groups, which run in the diffusers host only so far. Use token or static scales."
-            )
 
 
 @contextmanager

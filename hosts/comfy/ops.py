@@ -20,17 +20,21 @@ from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor, nn
 
 from ...errors import FormatError
+from ...kernels import dispatch
+from ...quant.channel_group import granularity_of
 from ...quant.file_format import QuantizedLayer
 from ...quant.mac_counter import MacCounter
+from ...quant.saturation import LayerSaturation
 from ...quant.scheme import Scheme
 from .. import compute
 from ..fused import NormTensors
+from .int4_layout import make_int4_weight
 from .layouts import is_quantized, make_weight, unpack
 from .low_rank import LowRankBranch
 from .residency import ResidentNorm, ResidentPlain, ResidentWeight
 from .tap import TimestepTap
 
-STORED_PARTS = ("weight_scale", "bias", "act_scale", "act_zero_point")
+STORED_PARTS = ("weight_scale", "group_scale", "bias", "act_scale", "act_zero_point", "channel_order", "channel_exponents")
 NOTHING = nullcontext()
 
 
@@ -58,6 +62,7 @@ class QuantizableOp:
     branch_patches: list | None = None  # what the branch was made of
     merged: tuple | None = None  # (weight that lora.py made, patches that are in it)
     counter: MacCounter | None = None
+    saturation: LayerSaturation | None = None  # set by saturation.py
     resident: ResidentWeight | ResidentPlain | None = None  # set by residency.py; answers while it holds the weights
 
     def _start_empty(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
@@ -89,15 +94,17 @@ class QuantizableOp:
         Raises: FormatError if the shapes are not this layer's.
         """
         expected = self._shapes["weight"]
-        if len(expected) == 4:
-            expected = (expected[0], expected[2], expected[3], expected[1])
-        if tuple(layer.qweight.shape) != expected or (layer.bias is None) != (self._shapes["bias"] is None):
+        if layer.weight_shape != expected or (layer.bias is None) != (self._shapes["bias"] is None):
             raise FormatError(
-                f"{self.layer_name}: qweight of shape {tuple(layer.qweight.shape)}, {'no' if layer.bias is None else 'a'} bias; "
+                f"{self.layer_name}: a weight of shape {layer.weight_shape}, {'no' if layer.bias is None else 'a'} bias; "
                 f"this UNet needs {expected}, {'no' if self._shapes['bias'] is None else 'a'} bias. "
                 "The file is of another architecture or damaged; download or make it again."
             )
-        weight = make_weight(layer.qweight, layer.weight_scale, layer.act_zero_point is not None, self.compute_dtype)
+        has_sums = layer.act_zero_point is not None
+        if layer.group_scale is not None:
+            weight = make_int4_weight(layer, has_sums, self.compute_dtype)
+        else:
+            weight = make_weight(layer.qweight, layer.weight_scale, has_sums, self.compute_dtype, _groups_of(layer))
         self.weight = nn.Parameter(weight, requires_grad=False)
         if layer.bias is not None:
             self.bias = nn.Parameter(layer.bias.to(self.compute_dtype, copy=True), requires_grad=False)
@@ -177,7 +184,7 @@ class QuantizableOp:
 
         A low-rank branch is the caller's business: see `branch`.
         """
-        if not self._kernels_fit():
+        if not self.kernels_fit():
             return NOTHING
         if self.is_held:
             return self.resident
@@ -224,6 +231,9 @@ class QuantizableOp:
             act_scale,
             act_zero_point,
             self.counter,
+            parts.groups,
+            self.saturation,
+            parts.group_scale,
         )
 
     def bucket(self, device: torch.device) -> Tensor:
@@ -238,7 +248,7 @@ class QuantizableOp:
             self.counter.record(self.layer_name, outputs * self.weight.numel(), integer=False)
         return y
 
-    def _kernels_fit(self) -> bool:
+    def kernels_fit(self) -> bool:
         return True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -250,6 +260,11 @@ class QuantizableOp:
         if self.is_held and self.resident.weight.dtype == x.dtype:
             return self._float(x, self.resident.weight, self.resident.bias)
         return self._count_float(self.forward_comfy_cast_weights(x))
+
+
+def _groups_of(layer: QuantizedLayer) -> dispatch.ChannelGroups | None:
+    order, exponents = layer.channel_order, layer.channel_exponents
+    return None if order is None else dispatch.channel_groups(order, exponents, granularity_of(len(order), len(exponents)))
 
 
 class _Borrowed:
@@ -292,12 +307,12 @@ def borrow_norm(norm: nn.Module, x: Tensor) -> AbstractContextManager[NormTensor
 
     None if it has no weight or bias: then it must run its own forward. Weight functions are applied, as ComfyUI does.
     """
-    if _resident_norm(norm, x) is not None:
+    if resident_norm(norm, x) is not None:
         return norm.resident
     return NOTHING if norm.weight is None or norm.bias is None else _BorrowedNorm(norm, x)
 
 
-def _resident_norm(norm: nn.Module, x: Tensor) -> NormTensors | None:
+def resident_norm(norm: nn.Module, x: Tensor) -> NormTensors | None:
     resident = norm.resident
     usable = resident is not None and resident.lease.held and resident.tensors.weight is not None
     return resident.tensors if usable and resident.tensors.weight.dtype == x.dtype else None
@@ -325,7 +340,7 @@ class StepQuantOps(comfy.ops.manual_cast):
             super().__init__(*args, device="meta", dtype=dtype, **kwargs)
             self._start_empty(device, dtype)
 
-        def _kernels_fit(self) -> bool:
+        def kernels_fit(self) -> bool:
             # Seamless-tiling nodes change the padding mode, or replace _conv_forward on the instance.
             return self.padding_mode == "zeros" and "_conv_forward" not in self.__dict__ and self.groups == 1 and self.dilation == (1, 1)
 
@@ -342,12 +357,12 @@ class StepQuantOps(comfy.ops.manual_cast):
         resident: ResidentNorm | None = None
 
         def forward(self, x: Tensor) -> Tensor:
-            norm = _resident_norm(self, x)
+            norm = resident_norm(self, x)
             return super().forward(x) if norm is None else F.group_norm(x, self.num_groups, norm.weight, norm.bias, norm.eps)
 
     class LayerNorm(comfy.ops.manual_cast.LayerNorm):
         resident: ResidentNorm | None = None
 
         def forward(self, x: Tensor) -> Tensor:
-            norm = _resident_norm(self, x)
+            norm = resident_norm(self, x)
             return super().forward(x) if norm is None else F.layer_norm(x, self.normalized_shape, norm.weight, norm.bias, norm.eps)

@@ -13,6 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...errors import ModelError
+from ...kernels.int4_weight import stored_scales
 from ...quant.file_format import QuantizedLayer, QuantizedModel, write_model
 from ...version import VERSION
 from .attach import state_of
@@ -49,10 +50,21 @@ def save_quantized(
         base_model: {"name", "sha256"} of what was quantized; by default what is known from quantizing or loading.
     Raises: ModelError if the model is not a quantized one; FormatError if the file cannot be written.
     """
+    write_model(path, stored_model(model, clip, vae, base_model), VERSION)
+    return describe_written(model, path)
+
+
+def stored_model(
+    model: ModelPatcher,
+    clip: comfy.sd.CLIP | None = None,
+    vae: comfy.sd.VAE | None = None,
+    base_model: dict[str, str | None] | None = None,
+) -> QuantizedModel:
+    """What a file of this MODEL holds, without LoRAs and merges. Raises ModelError if it is not a quantized one."""
     state = state_of(model)
     if state is None:
         raise ModelError("Save quantized: this model is not quantized. Connect the output of Quantize SDXL (StepQuant).")
-    stored = QuantizedModel(
+    return QuantizedModel(
         layers=_layers(model),
         rest=_rest(model),
         recipe=state.recipe,
@@ -60,7 +72,10 @@ def save_quantized(
         calibration=state.calibration,
         extra=_extra(model, clip, vae),
     )
-    write_model(path, stored, VERSION)
+
+
+def describe_written(model: ModelPatcher, path: str | Path) -> SavedFile:
+    """What was written at `path`; warns of what it does not hold."""
     left_out = sum(key.startswith(UNET) for key in model.patches)
     if left_out:
         logger.warning("%s: %d weights carry a LoRA or merge, which is not in the file. Apply it again after loading.", path, left_out)
@@ -77,7 +92,12 @@ def _stored_layer(model: ModelPatcher, key: str, module: QuantizableOp) -> Quant
     parts = unpack(module.weight if backup is None else backup.weight)
     bias_key = key.removesuffix("weight") + "bias"
     bias = None if module.bias is None else _compact(_unpatched(model, bias_key, module.bias))
-    return QuantizedLayer(parts.qweight, parts.weight_scale, bias, module.act_scale, module.act_zero_point)
+    layer = QuantizedLayer(parts.qweight, parts.weight_scale, bias, module.act_scale, module.act_zero_point)
+    if parts.group_scale is not None:
+        layer.group_scale = stored_scales(parts.group_scale, module.weight.shape[1])
+    if parts.groups is not None:
+        layer.channel_order, layer.channel_exponents = parts.groups.order, parts.groups.exponents
+    return layer
 
 
 def _rest(model: ModelPatcher) -> dict[str, Tensor]:

@@ -46,11 +46,11 @@ def pytest_report_header() -> str:
 
 
 if COMFYUI is not None:
-    import comfy.sample
     import comfy.sd
     import comfy.utils
     import tiny_sdxl
     import torch
+    from sampling_run import sample_latent
 
     from stepquant.hosts.comfy.lora import quantized_layers
     from stepquant.hosts.comfy.quantize import quantizable_layers, quantize_model
@@ -156,20 +156,3 @@ if COMFYUI is not None:
             return {name: getattr(tensor, "_qdata", tensor).clone() for name, tensor in tensors.items()}
 
         return take
-
-    def conditioning(seed: int, hooks=None) -> list:
-        generator = torch.Generator().manual_seed(seed)
-        width = tiny_sdxl.CLIP_L + tiny_sdxl.CLIP_G
-        tokens = torch.randn(1, 77, width, generator=generator)
-        entry = {"pooled_output": torch.randn(1, tiny_sdxl.CLIP_G, generator=generator)}
-        return [[tokens, {**entry, "hooks": hooks} if hooks is not None else entry]]
-
-    def sample_latent(
-        model, steps: int = 2, seed: int = 1, batch: int = 1, hooks=None, negative_hooks=None, cfg: float = 4.0
-    ) -> torch.Tensor:
-        latent = torch.zeros(batch, 4, 8, 8)
-        noise = comfy.sample.prepare_noise(latent, seed)
-        positive, negative = conditioning(11, hooks), conditioning(12, negative_hooks)
-        return comfy.sample.sample(
-            model, noise, steps, cfg, "euler", "normal", positive, negative, latent, disable_pbar=True, seed=seed
-        ).float()

@@ -1,9 +1,13 @@
 """int8 weights as QuantizedTensors: what ComfyUI copies, moves and restores must stay whole."""
 
+import comfy.memory_management
 import pytest
 import torch
 
+from stepquant.errors import LayoutError
 from stepquant.hosts.comfy.layouts import Int8Layout, make_weight, unpack
+from stepquant.hosts.compute import sums_of_codes
+from stepquant.kernels.channel_group import ChannelGroups, channel_groups
 from stepquant.quant.weight import dequantize_weight, quantize_weight
 
 SHAPES = [pytest.param((48, 40), id="linear"), pytest.param((24, 20, 3, 3), id="conv3x3"), pytest.param((24, 20, 1, 1), id="conv1x1")]
@@ -68,3 +72,57 @@ def test_buffer_is_as_small_as_its_parts():
     plain, _, weight = _weight((320, 320), has_sums=False)
     assert weight.nbytes <= plain.numel() + 4 * 320 + 32
     assert weight.params == Int8Layout.Params(torch.float32, (320, 320), False)
+
+
+def _grouped(shape, seed=0, exponents=(4, 1, 0)):
+    """As _weight, in three blocks of 16 channels."""
+    generator = torch.Generator().manual_seed(seed)
+    plain, order = torch.randn(shape, generator=generator), torch.randperm(shape[1], generator=generator).int()
+    groups = channel_groups(order, torch.tensor(exponents, dtype=torch.int8), 16)
+    quantized = quantize_weight(plain, "layer")
+    codes = quantized.codes[..., order.long()].contiguous()
+    return plain, groups, make_weight(codes, quantized.scale, True, torch.float32, groups)
+
+
+def _same_groups(first: ChannelGroups, second: ChannelGroups) -> bool:
+    pairs = [(getattr(first, name), getattr(second, name)) for name in vars(first)]
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layout_keeps_channel_groups_and_dequantizes_to_the_models_order(shape):
+    plain, groups, weight = _grouped(shape)
+    parts = unpack(weight)
+    assert _same_groups(parts.groups, groups)
+    assert torch.equal(parts.weight_sums, sums_of_codes(parts.qweight, groups))
+    quantized = quantize_weight(plain, "layer")
+    assert torch.equal(weight.dequantize(), dequantize_weight(quantized.codes, quantized.scale, torch.float32))
+    tensors = [value for value in vars(parts.groups).values() if isinstance(value, torch.Tensor)]
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_requantize_keeps_the_groups(shape):
+    plain, groups, weight = _grouped(shape)
+    again = weight.requantize_from_float(weight.dequantize(), scale="recalculate")
+    assert torch.equal(again._qdata, weight._qdata) and again.params == weight.params
+    doubled = weight.requantize_from_float(2 * plain)
+    assert _same_groups(unpack(doubled).groups, groups)
+    assert torch.allclose(doubled.dequantize(), 2 * weight.dequantize())
+
+
+def test_channel_groups_survive_moves_copies_and_dynamic_vrams_pages():
+    _, groups, weight = _grouped((48, 40))
+    for copy in (weight.clone(), weight.detach(), weight.to(torch.float16)):
+        assert _same_groups(unpack(copy).groups, groups)
+    pages = torch.zeros(comfy.memory_management.vram_aligned_size([weight]), dtype=torch.uint8)
+    pages[: weight._qdata.numel()] = weight._qdata.view(torch.uint8)
+    (paged,) = comfy.memory_management.interpret_gathered_like([weight], pages)
+    assert _same_groups(unpack(paged).groups, groups) and torch.equal(paged.dequantize(), weight.dequantize())
+
+
+def test_copy_refuses_a_weight_in_other_channel_groups():
+    _, _, weight = _grouped((48, 40))
+    _, _, other = _grouped((48, 40), exponents=(5, 1, 0))
+    with pytest.raises(LayoutError, match="other channel groups"):
+        weight.copy_(other)

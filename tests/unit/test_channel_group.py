@@ -14,8 +14,11 @@ from stepquant.quant.calibration import Calibration
 from stepquant.quant.channel_group import (
     ChannelGrouping,
     _best_levels,
+    granularity_of,
     group_channels,
     grouped_statistics,
+    max_groups,
+    regrouped_weight,
     stored_grouping,
     weight_energy,
     within_int32,
@@ -23,8 +26,9 @@ from stepquant.quant.channel_group import (
 from stepquant.quant.kmeans_groups import kmeans_groups
 from stepquant.quant.observer import LayerObserver, LayerStatistics
 from stepquant.quant.recipe import Recipe
-from stepquant.quant.scheme import ActivationMode, Scheme
+from stepquant.quant.scheme import GRANULARITIES, ActivationMode, Scheme
 from stepquant.quant.timestep import uniform_groups
+from stepquant.quant.weight import quantize_weight
 
 ONE_GROUP = uniform_groups(1)
 LINEAR, CONV = "middle_block.1.transformer_blocks.0.attn1.to_q", "middle_block.0.in_layers.2"
@@ -119,6 +123,40 @@ def test_grouping_of_a_conv_counts_all_its_taps_against_int32():
     wide = ChannelGrouping(torch.arange(640).int(), torch.tensor([8] + [0] * 9, dtype=torch.int8), 64)
     largest = int(within_int32(wide, codes, symmetric=True).exponents.max())
     assert 9 * 127 * 127 * (64 * 2**largest + 576) < 2**31 <= 9 * 127 * 127 * (64 * 2 ** (largest + 1) + 576)
+
+
+@pytest.mark.parametrize("shape", [(24, 160), (24, 160, 3, 3)], ids=["linear", "conv"])
+def test_regrouped_weight_has_the_plain_codes_in_the_groups_order(shape, generator):
+    weight = torch.randn(shape, generator=generator)
+    grouping = ChannelGrouping(torch.randperm(160, generator=generator).int(), torch.tensor([3] + [0] * 9, dtype=torch.int8), 16)
+    plain, found = quantize_weight(weight, "layer"), regrouped_weight(weight, grouping, False, "layer")
+    assert torch.equal(found.scale, plain.scale) and torch.equal(found.codes, plain.codes[..., grouping.order.long()])
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["zero_point", "symmetric"])
+def test_regrouped_weight_widens_a_rows_scale_before_its_sum_can_pass_int32(symmetric, generator):
+    # The exponents fit the first weight; the merged one is large in just the channels that are shifted by 10.
+    grouping = ChannelGrouping(torch.arange(2560).int(), torch.tensor([10] + [0] * 39, dtype=torch.int8), 64)
+    weight = torch.rand(3, 2560, generator=generator)
+    weight[0, 64:] = weight[0, 64:].clamp_min(0.9)
+    weight[1, :64] = 1.0
+    weight[2, :64], weight[2, 64] = 0.01, 1.0
+    found = regrouped_weight(weight, grouping, symmetric, "layer")
+    factor = 2 ** grouping.by_position()
+    worst = (found.codes.long().abs() * factor).sum(1) * (127 if symmetric else 255)
+    assert int(worst.max()) < 2**31
+    plain = quantize_weight(weight, "layer")
+    assert torch.equal(found.codes[2], plain.codes[2]), "a row that fits is left alone"
+    assert (found.scale[1] > plain.scale[1]) == (not symmetric)
+    assert ((found.codes * found.scale[:, None] - weight).abs() <= 0.5001 * found.scale[:, None]).all()
+
+
+def test_granularity_is_told_by_the_number_of_blocks():
+    for K in (8, 40, 320, 640, 1280, 1920, 5120):
+        for granularity in GRANULARITIES:
+            blocks = max_groups(K, granularity)
+            found = granularity_of(K, blocks)
+            assert max_groups(K, found) == blocks and (found == granularity or blocks == 1)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stepquant.errors import LayoutError
-from stepquant.kernels import dispatch
+from stepquant.kernels import channel_group, dispatch
 from stepquant.kernels.activation import QuantizedActivation
 from stepquant.kernels.channel_group import ChannelGroups, channel_groups
 from stepquant.kernels.channel_group_conv2d import channel_group_conv2d_ref, grouped_border_sums
@@ -254,6 +254,22 @@ def test_channel_groups_finer_than_a_kernels_step_give_the_references_result(gen
     moved = {key: on(triton_device, value) for key, value in arguments.items()}
     y = dispatch.channel_group_gemm(**moved, out_dtype=torch.float32)
     assert relative_error(y, linear_float64(arguments)) <= 5e-6
+
+
+def test_channel_groups_say_once_that_the_reference_runs(generator, triton_device, caplog):
+    channel_group._say_reference_runs.cache_clear()
+    for granularity in (8, 8, 32):
+        groups = groups_of((64, granularity, [0] * (64 // granularity)), generator, triton_device)
+        codes, ones = torch.ones(4, 64, dtype=torch.int8, device=triton_device), torch.ones(4, device=triton_device)
+        dispatch.channel_group_gemm(QuantizedActivation(codes, ones, None, 1), groups, codes, ones)
+    (record,) = caplog.records
+    assert "channel groups of 8 channels run in plain torch" in record.getMessage()
+
+
+@pytest.mark.parametrize(("exponents", "K"), [([0, 0, 0], 40), ([5, 2, 2, 0], 63), ([3, 1, 0, 0], 64)], ids=str)
+def test_channel_groups_give_their_exponents_back(exponents, K):
+    groups = channel_groups(torch.arange(K).int(), torch.tensor(exponents, dtype=torch.int8), 16)
+    assert groups.exponents.tolist() == exponents and groups.exponents.dtype == torch.int8
 
 
 def test_channel_groups_give_the_references_result_up_to_rounding_when_dequantized(generator, monkeypatch):

@@ -194,3 +194,11 @@ def test_file_names_the_layer_when_its_groups_are_damaged(tmp_path, damage):
     save_file(tensors, str(path), metadata=metadata)
     with pytest.raises(FormatError, match=rf"grouped\.safetensors: {LINEAR}: channel_order must be a permutation of 160 channels"):
         read_model(path)
+
+
+def test_file_refuses_groups_that_its_scheme_has_not(tmp_path):
+    path = tmp_path / "grouped.safetensors"
+    schemes = {LINEAR: scheme(ActivationMode.STATIC)}
+    write_model(path, QuantizedModel({LINEAR: quantized(LINEAR, schemes[LINEAR])}, {}, Recipe({LINEAR: Scheme()}, "test", "test")), "0.1.0")
+    with pytest.raises(FormatError, match=f"{LINEAR}: it has channel groups, which its scheme has not"):
+        read_model(path)
