@@ -1,87 +1,234 @@
-"""Quality of the presets on the demo model against fp16, same seeds: the acceptance run. Judges no prompt adherence.
+"""Quality of every method and format against fp16 on the trained demo model, or on its variant as hard as SDXL: one row each.
 
-    python benchmarks/quality.py [--prompts 64] [--steps 20] [--out benchmarks/results] [--per-layer] [--device cpu]
+    python benchmarks/quality.py [--model demo|hard] [--prompts 8] [--modes plan min-max ...] [--bits 8 6] [--adherence 1024] [--general]
 
-SQNR is that of the UNet's output on fp16's own trajectory: energies summed over prompts per step, mean of dB over steps.
-One JSON record per format is written to --out. Exit code 1 if a requirement is missed.
+SQNR is that of the UNet's output on fp16's own trajectory: energies summed over prompts per step, mean of dB over steps. Adherence
+is judged on pairs of pictures of the same prompt and seed (quality_judge.py). One JSON line per row is appended to quality.jsonl in
+--out; quality_table.py renders them. On a GPU give --batch 64 or more. Static scales come from 8 prompts that are not measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import traceback
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from layer_quality import layer_sqnr
-from torch import Tensor, nn
+from quality_judge import Judge
+from quality_layers import GroupingCache, build_unet
+from quality_measure import Adherence, Candidate, Closeness, adherence, in_place, judged, measure_closeness
+from quality_records import append, closeness_record, general_record
+from quality_rows import ALL_MODES, CHANNEL_GROUPS, FP16, GRANULARITY, PLAN, Row, build_row
+from quality_sheet import write_sheet
+from torch import Tensor
 
+from stepquant.demo.hard_variant import harden, read_factors
 from stepquant.demo.pipeline import load_demo_pipeline
 from stepquant.demo.prompts import CALIBRATION, heldout_prompts, seen_prompts
-from stepquant.demo.record import command_line, environment, quality_record
-from stepquant.demo.run import MODEL_NAME, UNET_FILE
-from stepquant.hosts.diffusers.calibrate import calibrate
-from stepquant.hosts.diffusers.fidelity import Fidelity, Reference, psnr_db, record_reference
-from stepquant.hosts.diffusers.quantize import attach_counter, quantize_unet, unet_shapes
-from stepquant.hosts.diffusers.trajectory import Sampling, decode_latents, replay, sample_latents, unet_in_place
-from stepquant.hosts.diffusers.unet_file import save
+from stepquant.demo.run import MODEL_NAME
+from stepquant.hosts.diffusers.attention import attention_layers, set_attention
+from stepquant.hosts.diffusers.calibrate import calibrate, measure_sensitivity
+from stepquant.hosts.diffusers.fidelity import Reference, record_reference
+from stepquant.hosts.diffusers.quantize import unet_shapes
+from stepquant.hosts.diffusers.smoothing import smooth_unet
+from stepquant.hosts.diffusers.trajectory import Sampling
+from stepquant.hosts.key_mapping import ldm_to_diffusers
+from stepquant.quant.calibration import Calibration
+from stepquant.quant.grouping import choose_groups
 from stepquant.quant.layers import find_layers
-from stepquant.quant.mac_counter import MacCounter
-from stepquant.quant.recipe import PRESETS, preset_recipe
-from stepquant.quant.sqnr import StepSqnr, sqnr_db
+from stepquant.quant.log2_attention import AttentionMode, AttentionScheme
+from stepquant.quant.plan import Plan, make_plan, measure_options, unquantized_bytes
+from stepquant.quant.plan_program import Budget
+from stepquant.quant.recipe import DEFAULT_GROUPS, Recipe, preset_recipe
 
-PROMPTS_PER_PART = 8  # bounds the memory of recorded trajectories
 CALIBRATION_SEED = 10_000
-# What the presets must reach; static against token.
-MIN_SQNR_DB, MIN_LATENT_SQNR_DB, MAX_STATIC_LOSS_DB, MIN_INTEGER_SHARE = 30.0, 20.0, 3.0, 0.98
-
-
-@dataclass
-class Candidate:
-    """One quantized UNet and what was measured on it so far."""
-
-    mode: str
-    unet: nn.Module
-    size_bytes: int
-    steps: StepSqnr = field(default_factory=StepSqnr)
-    counter: MacCounter = field(default_factory=MacCounter)
-    latents: list[Tensor] = field(default_factory=list)
-    psnr: list[float] = field(default_factory=list)
-    sampled: int = 0
-    seconds: float = 0.0
+SHEET_PROMPTS = 6
 
 
 def main() -> int:
     """Command line of this benchmark."""
+    args = _arguments()
+    bench = Bench(args)
+    if args.prepare:
+        return 0 if args.prepare == "calibration" or bench.plan else 1
+    if not args.general_only:
+        bench.rows()
+    if args.general or args.general_only:
+        bench.general()
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--model", choices=("demo", "hard"), default="demo")
+    parser.add_argument("--prompts", type=int, default=8, help="of SQNR, latents and PSNR")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=5.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--groups", type=int, default=8)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--modes", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--modes", nargs="+", choices=ALL_MODES, default=list(ALL_MODES))
+    parser.add_argument("--bits", nargs="+", type=int, default=[8], help="of activations; fewer than 8 are simulated")
+    parser.add_argument("--adherence", type=int, default=0, help="prompts to judge, half of them held out; at most 1024")
+    parser.add_argument("--adherence-modes", nargs="+", choices=ALL_MODES, default=[PLAN])
+    parser.add_argument("--general", action="store_true", help="also other samplers, steps, a resolution and prompts")
+    parser.add_argument("--general-only", action="store_true")
+    parser.add_argument("--general-modes", nargs="+", choices=ALL_MODES, default=["w8a8-static", "w8a8-token", PLAN])
+    parser.add_argument("--smooth", action="store_true", help="smooth the UNet first; its modes get names of their own")
     parser.add_argument("--per-layer", action="store_true", help="also each layer's own SQNR, worst first")
+    parser.add_argument("--no-sampling", action="store_true", help="no latents and PSNR")
+    parser.add_argument("--calibration", type=Path, help="made and written if it is missing")
+    parser.add_argument("--recipe", type=Path, help="of the plan; made and written if it is missing")
+    parser.add_argument("--prepare", choices=("calibration", "plan"), help="only make --calibration, or --recipe too")
+    parser.add_argument("--sheet", type=Path, help="JPEG of the first prompts, one column per mode")
+    parser.add_argument("--sheet-modes", nargs="+", choices=ALL_MODES, default=list(ALL_MODES))
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
-    prompts = _prompts(args.prompts)
-    pipeline = load_demo_pipeline(device=args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
-    candidates = _quantize(pipeline, args)
-    records = []
-    for latents, layers in _measure(pipeline, candidates, prompts, args):
-        records = [_record(candidate, latents, layers.get(candidate.mode), args) for candidate in candidates]
-        for record in records:
-            # Rewritten after every part, so that a run cut short leaves what it measured.
-            file = args.out / f"quality-{record['mode']}.json"
-            file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return _judge(records)
+    return parser.parse_args()
+
+
+class Bench:
+    """One model, its calibration and plan, and what fp16 makes of the prompts."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        dtype = torch.float16 if args.device.startswith("cuda") else torch.float32
+        self.pipeline = load_demo_pipeline(dtype, args.device)
+        if args.model == "hard":
+            # In fp32, so that the variant's weights are rounded once.
+            self.pipeline.unet = harden(self.pipeline.unet.float(), read_factors()).to(dtype)
+        self.model = MODEL_NAME + ("-hard" if args.model == "hard" else "")
+        shapes = unet_shapes(self.pipeline.unet)
+        self.layers = find_layers(shapes)
+        self.other_bytes = unquantized_bytes(shapes, self.layers)
+        self.calibration = self._calibration()
+        self.suffix = ""
+        if args.smooth:
+            self.calibration, factors = smooth_unet(self.pipeline.unet, self.calibration)
+            self.suffix = "-smoothed"
+            _say(f"smoothed {len(factors)} sites: {', '.join(sorted(factors))}")
+        self.cache, self.known = GroupingCache(), {}
+        self.file = args.out / "quality.jsonl"
+        args.out.mkdir(parents=True, exist_ok=True)
+
+    def _calibration(self) -> Calibration:
+        file = self.args.calibration
+        if file is not None and file.exists():
+            return Calibration.load(file)
+        calibration = _timed("calibrating", lambda: calibrate(self.pipeline, CALIBRATION, self._sampling(), batch_size=8))
+        if file is not None:
+            calibration.save(file)
+        return calibration
+
+    def _sampling(self) -> Sampling:
+        return Sampling(self.args.steps, self.args.guidance, CALIBRATION_SEED)
+
+    @cached_property
+    def plan(self) -> Recipe:
+        """Made at its first use: probing every layer takes longer than calibrating."""
+        file = self.args.recipe
+        if file is not None and file.exists():
+            return Recipe.from_json(json.loads(file.read_text(encoding="utf-8")), str(file))
+        if not self.calibration.sensitivity:
+            measure = lambda: measure_sensitivity(self.pipeline, CALIBRATION[0], self._sampling())  # noqa: E731
+            self.calibration.sensitivity = _timed("sensitivities", measure)
+        plan = _timed("plan", self._make_plan)
+        _say("plan: " + "; ".join(plan.lines()))
+        if file is not None:
+            file.write_text(json.dumps(plan.recipe.to_json()), encoding="utf-8")
+        return plan.recipe
+
+    def _make_plan(self) -> Plan:
+        grouping = choose_groups("optimal", DEFAULT_GROUPS, self.calibration, preset_recipe("w8a8-static", self.layers).schemes)
+        options = measure_options(
+            self.layers,
+            lambda name: self.pipeline.unet.get_submodule(ldm_to_diffusers(name)).weight.cpu(),
+            self.calibration,
+            grouping,
+            channel_groups=CHANNEL_GROUPS,
+            granularity=GRANULARITY,
+        )
+        return make_plan(options, Budget(), grouping, self.other_bytes)
+
+    def candidate(self, row: Row) -> Candidate:
+        unet, tap, simulated = build_unet(self.pipeline.unet, row.plans, self.calibration, row.bits, self.cache)
+        if row.log2_attention:
+            set_attention(unet, dict.fromkeys(attention_layers(unet), AttentionScheme(AttentionMode.LOG2, row.log2_attention)))
+        return Candidate(unet, tap, list(self.layers), simulated)
+
+    def rows(self) -> None:
+        """Measure every mode at every width, worst things first known: a record is written after each."""
+        args = self.args
+        if not args.modes:
+            return
+        prompts = _prompts(args.prompts)
+        reference = record_reference(self.pipeline, prompts, Sampling(args.steps, args.guidance, 0), args.batch)
+        judge = Judge(args.device) if args.adherence else None
+        right = self._judged(judge, FP16) if judge else None
+        if FP16 in args.modes:
+            own = None if right is None else adherence(right, right, _seen(len(right)))
+            append(self.file, closeness_record(self, FP16, None, own))
+        columns: list[tuple[str, Tensor]] = [(FP16, reference.pictures[:SHEET_PROMPTS])]
+        for bits in args.bits:
+            for mode in args.modes:
+                if mode == FP16 or (bits < 8 and mode.startswith("comfy")):
+                    continue  # formats of their own, not widths
+                try:
+                    self._row(mode, bits, reference, judge, right, columns)
+                except Exception:  # one format that does not run here must not cost the others
+                    traceback.print_exc()
+        if args.sheet and len(columns) > 1:
+            write_sheet(args.sheet, self.model, prompts[:SHEET_PROMPTS], columns)
+
+    def _row(
+        self, mode: str, bits: int, reference: Reference, judge: Judge | None, right: Tensor | None, columns: list[tuple[str, Tensor]]
+    ) -> None:
+        start = time.perf_counter()
+        row = build_row(mode, bits, self.layers, self.calibration, lambda: self.plan, self.known)
+        row = replace(row, mode=row.mode + self.suffix)
+        candidate = self.candidate(row)
+        built = time.perf_counter() - start
+        closeness = measure_closeness(self.pipeline, candidate, reference, sample=not self.args.no_sampling)
+        found = None
+        if judge is not None and bits == 8 and mode in self.args.adherence_modes:
+            with in_place(self.pipeline, candidate):
+                found = adherence(right, self._judged(judge, row.mode), _seen(len(right)))
+        record = closeness_record(self, row, closeness, found, candidate.simulated)
+        if self.args.per_layer:
+            layers = layer_sqnr(self.pipeline.unet, candidate, reference.trajectory.calls)
+            record["layer_sqnr_db"] = {name: round(value, 2) for name, value in layers.items()}
+        append(self.file, record)
+        if closeness.pictures is not None and mode in self.args.sheet_modes:
+            columns.append((f"{row.mode}\n{closeness.steps.mean_db():.1f} dB", closeness.pictures[:SHEET_PROMPTS]))
+        seconds = time.perf_counter() - start
+        _say(f"{self.model} {row.mode}: {_figures(closeness, found)}; {built:.0f} of {seconds:.0f} s to build")
+
+    def _judged(self, judge: Judge, title: str) -> Tensor:
+        args = self.args
+        half = args.adherence // 2
+        prompts = [*seen_prompts(half), *heldout_prompts(half)]
+        say = lambda done, total: _say(f"{title}: {done} of {total} pictures judged") if done == total else None  # noqa: E731
+        return judged(self.pipeline, judge, prompts, Sampling(args.steps, args.guidance, 0), min(args.batch * 2, 128), say)
+
+    def general(self) -> None:
+        """SQNR in every other setting; one record per setting and mode."""
+        from quality_general import SETTINGS, setting_sqnr
+
+        args = self.args
+        rows = [build_row(mode, 8, self.layers, self.calibration, lambda: self.plan, self.known) for mode in args.general_modes]
+        candidates = [self.candidate(row) for row in rows]
+        calibrated: list[float] = []
+        for setting in SETTINGS:
+            prompts = heldout_prompts(args.prompts) if setting.heldout else seen_prompts(args.prompts)
+            meters = setting_sqnr(self.pipeline, setting, candidates, prompts, args.guidance, 0, args.batch)
+            calibrated = calibrated or [meter.mean_db() for meter in meters]
+            for row, candidate, meter, base in zip(rows, candidates, meters, calibrated, strict=True):
+                append(self.file, general_record(self, row, setting, meter, meter.mean_db() - base, candidate.simulated))
+                _say(f"{self.model} {row.mode}, {setting.name}: {meter.mean_db():.2f} dB, {meter.mean_db() - base:+.2f}")
 
 
 def _prompts(count: int) -> list[str]:
@@ -90,111 +237,27 @@ def _prompts(count: int) -> list[str]:
     return [prompt for pair in pairs for prompt in pair][:count]
 
 
-def _quantize(pipeline, args: argparse.Namespace) -> list[Candidate]:
-    layers = find_layers(unet_shapes(pipeline.unet))
-    calibration = None
-    if "w8a8-static" in args.modes:
-        sampling = Sampling(args.steps, args.guidance, CALIBRATION_SEED)
-        calibration = calibrate(pipeline, CALIBRATION, sampling, progress=_progress("calibrating"))
-    candidates = []
-    for mode in args.modes:
-        unet = quantize_unet(copy.deepcopy(pipeline.unet), preset_recipe(mode, layers, args.groups), calibration)
-        with tempfile.TemporaryDirectory() as folder:
-            save(unet, Path(folder) / "unet.safetensors")
-            size = (Path(folder) / "unet.safetensors").stat().st_size
-        candidates.append(Candidate(mode, unet, size))
-        attach_counter(unet, candidates[-1].counter)
-    return candidates
+def _seen(count: int) -> Tensor:
+    return torch.arange(count) < count // 2
 
 
-def _measure(
-    pipeline, candidates: list[Candidate], prompts: list[str], args: argparse.Namespace
-) -> Iterator[tuple[Tensor, dict[str, dict[str, float]]]]:
-    """After each part: fp16's final latents so far, and per-layer figures by mode; the rest is added to the candidates."""
-    latents, layers = [], {}
-    for first in range(0, len(prompts), PROMPTS_PER_PART):
-        part = prompts[first : first + PROMPTS_PER_PART]
-        title = f"prompts {first + 1}-{first + len(part)} of {len(prompts)}"
-        sampling = Sampling(args.steps, args.guidance, args.seed + first)
-        reference = record_reference(pipeline, part, sampling, progress=_progress(f"{title}: fp16"))
-        latents.append(reference.trajectory.latents)
-        for candidate in candidates:
-            _add(candidate, pipeline, reference, f"{title}: {candidate.mode}")
-            if args.per_layer and first == 0:
-                attach_counter(candidate.unet, None)  # the share is of sampling alone
-                layers[candidate.mode] = layer_sqnr(pipeline.unet, candidate.unet, reference.trajectory.calls)
-                attach_counter(candidate.unet, candidate.counter)
-        yield torch.cat(latents), layers
+def _figures(closeness: Closeness, found: Adherence | None) -> str:
+    text = f"{closeness.steps.mean_db():.2f} dB, worst step {closeness.steps.worst_db():.2f}"
+    if closeness.latent_sqnr_db is not None:
+        text += f", latents {closeness.latent_sqnr_db:.2f}, PSNR {closeness.psnr_db:.2f}"
+    text += f", integer {100 * closeness.integer_share:.1f} %"
+    return text if found is None else f"{text}, adherence {found.all.mean:+.2f} [{found.all.low:+.2f}, {found.all.high:+.2f}] points"
 
 
-def _add(candidate: Candidate, pipeline, reference: Reference, title: str) -> None:
-    with unet_in_place(pipeline, candidate.unet):
-        for call, answer in replay(candidate.unet, reference.trajectory, _progress(f"{title}, steps")):
-            candidate.steps.add(call.step, call.output, answer)
-        start = time.perf_counter()
-        latents = sample_latents(pipeline, reference.prompts, reference.sampling, reference.batch_size, _progress(f"{title}, sampling"))
-        candidate.seconds += time.perf_counter() - start
-    candidate.sampled += len(latents)
-    candidate.latents.append(latents)
-    candidate.psnr += psnr_db(reference.pictures, decode_latents(pipeline, latents))
+def _timed(title: str, work):
+    start = time.perf_counter()
+    result = work()
+    _say(f"{title}: {time.perf_counter() - start:.0f} s")
+    return result
 
 
-def _record(
-    candidate: Candidate, reference_latents: Tensor, layers: dict[str, float] | None, args: argparse.Namespace
-) -> dict[str, object]:
-    fidelity = Fidelity(
-        step_sqnr_db=tuple(candidate.steps.per_step_db()),
-        latent_sqnr_db=sqnr_db(reference_latents, torch.cat(candidate.latents)),
-        psnr_db=tuple(candidate.psnr),
-        pictures=torch.empty(0),
-        seconds=candidate.seconds / candidate.sampled,
-        integer_share=candidate.counter.integer_share(),
-    )
-    per_prompt = [sqnr_db(*pair) for pair in zip(reference_latents, torch.cat(candidate.latents), strict=True)]
-    record = quality_record("acceptance", MODEL_NAME, candidate.mode, fidelity, candidate.size_bytes, command_line())
-    record["settings"] = {
-        "prompts": candidate.sampled,
-        "prompt_set": "seen and held-out in turn",
-        "steps": args.steps,
-        "guidance": args.guidance,
-        "seed": args.seed,
-    }
-    record["timestep_groups"] = args.groups if candidate.mode == "w8a8-static" else None
-    record["reference_size_bytes"] = UNET_FILE.stat().st_size
-    record["step_sqnr_db"] = [round(value, 2) for value in fidelity.step_sqnr_db]
-    record["latent_sqnr_median_db"] = sorted(per_prompt)[len(per_prompt) // 2]
-    record["latent_sqnr_lowest_db"] = min(per_prompt)
-    record["seconds_per_picture"] = round(fidelity.seconds, 3)
-    if layers is not None:
-        record["layer_sqnr_db"] = {name: round(value, 2) for name, value in layers.items()}
-    return {**record, **environment()}
-
-
-def _judge(records: list[dict]) -> int:
-    token = next((record for record in records if record["mode"] == "w8a8-token"), None)
-    failed = False
-    for record in records:
-        wanted = [("integer_mac_share", MIN_INTEGER_SHARE)]
-        if record is token:
-            wanted += [("sqnr_db", MIN_SQNR_DB), ("latent_sqnr_db", MIN_LATENT_SQNR_DB)]
-        elif token is not None:
-            wanted += [(key, token[key] - MAX_STATIC_LOSS_DB) for key in ("sqnr_db", "latent_sqnr_db")]
-        for key, minimum in wanted:
-            reached = record[key] >= minimum
-            failed |= not reached
-            print(f"{record['mode']}: {key} {record[key]:.3f}, at least {minimum:.3f}: {'reached' if reached else 'MISSED'}")  # noqa: T201
-        print(f"{record['mode']}: worst step {record['sqnr_worst_db']:.1f} dB, PSNR {record['psnr_db']:.1f} dB")  # noqa: T201
-    return int(failed)
-
-
-def _progress(title: str) -> Callable[[int, int], None]:
-    if not sys.stderr.isatty():
-        return lambda done, total: None
-
-    def show(done: int, total: int) -> None:
-        sys.stderr.write(f"\r\033[K{title}: {done}/{total}" + ("\r\033[K" if done == total else ""))
-
-    return show
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

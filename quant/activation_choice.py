@@ -21,6 +21,7 @@ from .recipe import DEFAULT_GROUPS, Recipe
 from .scheme import ActivationMode, Scheme
 from .timestep import ScaleCurve, uniform_groups
 
+MEASURED = "w8a8-measured"  # the recipe's name, beside recipe.PRESETS
 GROUP_COUNTS = (1, 2, 4, 8, 16)
 # Channel groups cost time (shifts in the product, no fused producer): below this gain they are not worth it.
 MIN_GAIN_DB = 1.0
@@ -136,4 +137,4 @@ def measured_recipe(
             raise not_calibrated(name)
         choices[name] = choose_activation(name, calibration.layers[name], weight_of(name), groups, channel_groups, granularity)
     schemes = {name: choice.scheme for name, choice in choices.items()}
-    return Recipe(schemes, "w8a8-measured", "measured SQNR per layer", groups), choices
+    return Recipe(schemes, MEASURED, "measured SQNR per layer", groups), choices

@@ -6,12 +6,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import SchemeError
-from .layers import has_symmetric_input, needs_row_scales
+from .int4 import can_be_int4
+from .layers import LayerSpec, has_symmetric_input, needs_row_scales
 from .log2_attention import AttentionScheme, attention_schemes
-from .scheme import ActivationMode, Scheme
+from .real_sensitivity import kept_16_bit
+from .saturation import DEFAULT_LIMIT
+from .scheme import ActivationMode, ComputeType, Scheme
 from .timestep import NUM_BUCKETS, ScaleCurve, uniform_groups
 
-PRESETS = ("w8a8-token", "w8a8-static")
+PRESETS = ("w8a8-token", "w8a8-static", "w4a8-token")
+# Of a layer whose input does not bear 8 bits, in a preset that saves memory first.
+INT4_FLOAT = Scheme(weight_bits=4, activation=ActivationMode.FP16, compute=ComputeType.FP16)
 DEFAULT_GROUPS = 8  # best in ADP-DM's ablation (arXiv 2305.18723)
 
 
@@ -22,6 +27,7 @@ class Recipe:
     layer_groups: of layers that have groups of their own. grouping: the method that made them (grouping.GroupingMethod).
     curve_points: if not 0, static scales follow a curve of so many coefficients instead of groups.
     attention: of attention layers (their names end in attn1 or attn2); the others are the engine's own.
+    saturation_limit: share of clipped values, in [0, 1], above which a static layer measures its input for the rest of a run.
     """
 
     schemes: Mapping[str, Scheme]
@@ -32,6 +38,7 @@ class Recipe:
     grouping: str = "uniform"
     curve_points: int = 0
     attention: Mapping[str, AttentionScheme] = field(default_factory=dict)
+    saturation_limit: float = DEFAULT_LIMIT
 
     @property
     def needs_calibration(self) -> bool:
@@ -51,6 +58,7 @@ class Recipe:
             "layer_groups": {name: list(groups) for name, groups in self.layer_groups.items()},
             "schemes": {name: scheme.to_json() for name, scheme in self.schemes.items()},
             "attention": {name: scheme.to_json() for name, scheme in self.attention.items()},
+            "saturation_limit": self.saturation_limit,
         }
 
     @classmethod
@@ -66,7 +74,10 @@ class Recipe:
         schemes = {name: Scheme.from_json(scheme, name) for name, scheme in data["schemes"].items()}
         attention = attention_schemes(data.get("attention", {}), source)
         texts = (str(data.get("preset")), str(data.get("chosen_by")))
-        return cls(schemes, *texts, groups, layer_groups, str(data.get("grouping", "uniform")), points, attention)
+        limit = data.get("saturation_limit", DEFAULT_LIMIT)
+        if type(limit) not in (int, float) or not 0 <= limit <= 1:
+            raise SchemeError(f"{source}: saturation_limit {limit!r}; a share from 0 to 1 is needed. Quantize the model again.")
+        return cls(schemes, *texts, groups, layer_groups, str(data.get("grouping", "uniform")), points, attention, float(limit))
 
 
 def _checked_groups(groups: object, source: str) -> tuple[int, ...]:
@@ -75,21 +86,29 @@ def _checked_groups(groups: object, source: str) -> tuple[int, ...]:
     return tuple(groups)
 
 
-def preset_recipe(preset: str, layers: Iterable[str], groups: int = DEFAULT_GROUPS) -> Recipe:
+def preset_recipe(preset: str, layers: Iterable[str] | Mapping[str, LayerSpec], groups: int = DEFAULT_GROUPS) -> Recipe:
     """The recipe of a preset for the given quantizable layers.
 
     Args:
         preset: one of PRESETS.
-        layers: layer names, as found by layers.find_layers.
+        layers: layer names, as found by layers.find_layers; with their shapes for w4a8-token, which gives 4 bits to Linears.
         groups: timestep groups of static activations, 1 to 64.
+    Without a calibration (the token presets) real_sensitivity.kept_16_bit tells what stays 16 bit; in w4a8-token the input only.
     Raises: SchemeError if the preset is unknown.
     """
     if preset not in PRESETS:
         raise SchemeError(f"preset {preset!r}: unknown; choose one of {', '.join(PRESETS)}.")
     static = preset == "w8a8-static"
-    schemes = {}
-    for name in layers:
-        if static and not needs_row_scales(name):
+    if preset == "w4a8-token" and not isinstance(layers, Mapping):
+        raise SchemeError(f"{preset}: layers without shapes; which ones can have 4 bits depends on them. Pass what find_layers found.")
+    names, schemes = list(layers), {}
+    kept = frozenset() if static else kept_16_bit(names)
+    for name in names:
+        if preset == "w4a8-token" and can_be_int4(layers[name].shape):
+            schemes[name] = INT4_FLOAT if name in kept else Scheme(weight_bits=4)
+        elif name in kept:
+            continue
+        elif static and not needs_row_scales(name):
             schemes[name] = Scheme(activation=ActivationMode.STATIC, symmetric=has_symmetric_input(name))
         else:
             schemes[name] = Scheme()

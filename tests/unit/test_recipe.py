@@ -4,6 +4,7 @@ import pytest
 
 from stepquant.errors import ModelError, SchemeError
 from stepquant.quant.layers import check_is_sdxl, find_layers, has_symmetric_input
+from stepquant.quant.real_sensitivity import SDXL_WORST_DB, kept_16_bit
 from stepquant.quant.recipe import Recipe, preset_recipe
 from stepquant.quant.scheme import ActivationMode
 
@@ -90,3 +91,15 @@ def test_check_is_sdxl_says_what_the_model_is_instead(shapes, message):
 
 def test_check_is_sdxl_accepts_sdxl():
     check_is_sdxl(SHAPES, "model.safetensors")
+
+
+def test_uncalibrated_preset_keeps_the_worst_layers_of_real_sdxl_16_bit():
+    names = [*find_layers(SHAPES), *SDXL_WORST_DB]
+    assert set(names) - set(preset_recipe("w8a8-token", names).schemes) == set(SDXL_WORST_DB)
+    assert set(preset_recipe("w8a8-static", names).schemes) == set(names)
+
+
+def test_uncalibrated_preset_keeps_nothing_16_bit_in_a_model_of_another_depth():
+    shallow = ["output_blocks.0.1.transformer_blocks.0.ff.net.2", *find_layers(SHAPES)]
+    assert not kept_16_bit(shallow)
+    assert set(preset_recipe("w8a8-token", iter(shallow)).schemes) == set(shallow)

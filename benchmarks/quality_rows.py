@@ -1,0 +1,114 @@
+"""The rows of the quality table: plain min-max, each method added to it alone, all of them, ComfyUI's own formats, presets, the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from quality_layers import LayerPlan
+
+from stepquant.quant.calibration import Calibration
+from stepquant.quant.grouping import Grouping, choose_groups
+from stepquant.quant.layers import LayerSpec, has_symmetric_input, needs_row_scales
+from stepquant.quant.recipe import DEFAULT_GROUPS, Recipe, preset_recipe
+from stepquant.quant.scheme import ActivationMode, Scheme
+
+# As fine relative to the demo model's 64 to 512 channels as 64 is to SDXL's 320 to 5120.
+GRANULARITY, CHANNEL_GROUPS = 8, 16
+
+KnownGroups = dict[tuple, Grouping]  # by what the choice depends on; it takes seconds
+
+
+@dataclass(frozen=True)
+class Row:
+    """mode: the record's name. log2_attention: maps in so many bits, 0 for the engine's own attention."""
+
+    mode: str
+    plans: Mapping[str, LayerPlan]
+    bits: int = 8
+    log2_attention: int = 0
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is added to plain min-max W8A8: everything off is one symmetric scale per tensor, weights too, for all timesteps.
+
+    grouping: how timesteps are grouped, None for one group. row_scales: layers that need them (layers.needs_row_scales) keep one
+    scale per row. min_max: ranges hold everything seen; else a little may be clipped.
+    """
+
+    per_channel_weight: bool = False
+    asymmetric: bool = False
+    grouping: str | None = None
+    token: bool = False
+    channel_groups: int = 1
+    row_scales: bool = False
+    min_max: bool = True
+    log2_attention: bool = False
+
+    def plans(self, layers: Mapping[str, LayerSpec], calibration: Calibration, known: KnownGroups) -> dict[str, LayerPlan]:
+        schemes = {name: self._scheme(spec) for name, spec in layers.items()}
+        groups = self._groups(calibration, schemes, known)
+        return {
+            name: LayerPlan(scheme, groups.layer_groups.get(name, groups.groups), not self.per_channel_weight, self.min_max)
+            for name, scheme in schemes.items()
+        }
+
+    def _scheme(self, spec: LayerSpec) -> Scheme:
+        if self.token or (self.row_scales and needs_row_scales(spec.name)):
+            return Scheme()
+        symmetric = not self.asymmetric or has_symmetric_input(spec.name)
+        groups = min(self.channel_groups, spec.in_channels // GRANULARITY)
+        if groups > 1:
+            return Scheme(activation=ActivationMode.CHANNEL_GROUP, symmetric=symmetric, channel_groups=groups, granularity=GRANULARITY)
+        return Scheme(activation=ActivationMode.STATIC, symmetric=symmetric)
+
+    def _groups(self, calibration: Calibration, schemes: Mapping[str, Scheme], known: KnownGroups) -> Grouping:
+        # Which layers are static and which of them symmetric is all that the choice depends on.
+        key = (self.grouping, self.asymmetric, self.row_scales)
+        if key not in known:
+            count = 1 if self.grouping is None else DEFAULT_GROUPS
+            known[key] = choose_groups(self.grouping or "uniform", count, calibration, schemes)
+        return known[key]
+
+
+ALL = Method(True, True, "optimal", False, CHANNEL_GROUPS, row_scales=True, min_max=False)
+METHODS = {
+    "min-max": Method(),
+    "weight-per-channel": Method(per_channel_weight=True),
+    "asymmetric": Method(asymmetric=True),
+    "groups-uniform": Method(grouping="uniform"),
+    "groups-optimal": Method(grouping="optimal"),
+    "token-alone": Method(token=True),
+    "row-scales": Method(row_scales=True),
+    "channel-groups": Method(channel_groups=CHANNEL_GROUPS),
+    "log2-attention": Method(log2_attention=True),
+    "no-grouping": Method(True, True, None, False, 1, row_scales=True, min_max=False),
+    "no-channel-groups": Method(True, True, "optimal", False, 1, row_scales=True, min_max=False),
+    "no-timestep-groups": Method(True, True, None, False, CHANNEL_GROUPS, row_scales=True, min_max=False),
+    "full-static": ALL,
+    "full-static-log2": Method(True, True, "optimal", False, CHANNEL_GROUPS, row_scales=True, min_max=False, log2_attention=True),
+}
+NATIVE = ("comfy-int8", "comfy-fp8")
+PRESET_ROWS = ("w8a8-token", "w8a8-static")
+PLAN = "plan"
+FP16 = "fp16"
+ALL_MODES = (FP16, *NATIVE, *METHODS, *PRESET_ROWS, PLAN)
+
+
+def build_row(
+    mode: str, bits: int, layers: Mapping[str, LayerSpec], calibration: Calibration, plan: Callable[[], Recipe], known: KnownGroups
+) -> Row:
+    """The row of one of ALL_MODES but fp16. bits: of activations; fewer than 8 are simulated. plan: makes the plan's recipe."""
+    name = mode if mode.startswith("w8a8") else f"w8a{bits}-{mode}"
+    name = name.replace("w8a8", f"w8a{bits}")
+    if mode in METHODS:
+        method = METHODS[mode]
+        return Row(name, method.plans(layers, calibration, known), bits, bits if method.log2_attention else 0)
+    linears = [layer for layer, spec in layers.items() if not spec.is_conv]
+    if mode == "comfy-int8":
+        return Row(mode, dict.fromkeys(linears, LayerPlan(Scheme())))
+    if mode == "comfy-fp8":
+        return Row(mode, dict.fromkeys(linears, LayerPlan(None)))
+    recipe = plan() if mode == PLAN else preset_recipe(mode, layers)
+    return Row(name, {layer: LayerPlan(scheme, recipe.groups_of(layer)) for layer, scheme in recipe.schemes.items()}, bits)
