@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..version import VERSION
-from . import calibrate, check, compare, demo, inspect, plan, quantize
+from . import calibrate, check, compare, demo, export, hessians, inspect, plan, quantize
 from .output import one_sentence_errors
 
 app = typer.Typer(
@@ -18,7 +18,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (demo.demo, quantize.quantize, calibrate.calibrate, plan.plan, inspect.inspect, compare.compare, check.check):
+for command in (
+    demo.demo,
+    quantize.quantize,
+    calibrate.calibrate,
+    plan.plan,
+    hessians.hessians,
+    export.export,
+    inspect.inspect,
+    compare.compare,
+    check.check,
+):
     app.command()(one_sentence_errors(command))
 
 

@@ -21,30 +21,55 @@ def quantize(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Quantized file to write (.safetensors).")],
     preset: Annotated[str, typer.Option(help=f"{' or '.join(PRESETS)}; the static one needs --calibration.")] = PRESETS[0],
+    rounding: Annotated[str, typer.Option(help="Of 4-bit weights: plain, or gptq, which needs --hessians.")] = "plain",
+    hessians: Annotated[Path | None, typer.Option(help="Folder made by `hessians` on this model.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="File made by `calibrate` on this model.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="File made by `plan`; then --preset and --groups are not used.")] = None,
     groups: Annotated[int, typer.Option(min=1, max=64, help="Timestep groups of static scales. Usual is 8.")] = DEFAULT_GROUPS,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Quantize SDXL's UNet to 8 bit; text encoders and VAE of a whole checkpoint are copied as they are."""
+    """Quantize SDXL's UNet to 8 or 4 bit; text encoders and VAE of a whole checkpoint are copied as they are."""
     from ..hosts.quantize_file import quantize_file
     from ..quant.calibration import Calibration
 
+    how = _rounding(rounding, hessians)
+    if hessians is not None and not as_json:
+        _say_cost(how, source_path(source))
     path = source_path(source)
-    _check_out(path, out, overwrite)
+    check_out(path, out, overwrite)
     chosen = preset if recipe is None else _read_recipe(recipe)
     name = preset if recipe is None else chosen.preset
     if calibration is None and (preset == "w8a8-static" if recipe is None else chosen.needs_calibration):
         raise CalibrationError(f"{name}: needs --calibration FILE. Make one with `calibrate`, or use w8a8-token.")
     statistics = Calibration.load(calibration) if calibration else None
     with progress_bar(quiet=as_json) as start:
-        model = quantize_file(path, out, chosen, groups, statistics, start("Quantizing layers"))
+        model = quantize_file(path, out, chosen, groups, statistics, start("Quantizing layers"), how)
     before, after = path.stat().st_size, out.stat().st_size
     if as_json:
         print_json({"file": str(out), "preset": name, "layers": len(model.layers), "size_bytes": after, "source_size_bytes": before})
         return
     console.print(f"{out}: {name}, {len(model.layers)} layers, {size_text(before)} -> {size_text(after)}")
+
+
+def _rounding(name: str, hessians: Path | None):
+    from ..quant.rounding.hessian import HessianFolder
+    from ..quant.rounding.method import Rounding, RoundingMethod, rounding_method
+
+    method = rounding_method(name)
+    if method is RoundingMethod.PLAIN or hessians is None:
+        return Rounding(method)  # which says that gptq needs Hessians
+    return Rounding(method, HessianFolder(hessians).read)
+
+
+def _say_cost(rounding, path: Path) -> None:
+    from ..hosts.int4_cost import file_rounding_cost
+
+    cost, seconds = file_rounding_cost(rounding.method, path)
+    console.print(
+        f"rounding {rounding.method.value}: about {max(1, round(seconds / 60))} min, up to {size_text(cost.peak_bytes)} of memory a layer",
+        soft_wrap=True,
+    )
 
 
 def source_path(source: str) -> Path:
@@ -66,9 +91,10 @@ def _read_recipe(path: Path):
     return Recipe.from_json(data, str(path))
 
 
-def _check_out(source: Path, out: Path, overwrite: bool) -> None:
+def check_out(source: Path, out: Path, overwrite: bool) -> None:
+    """Raise FormatError if OUT is IN, exists, or cannot be written: before minutes of work."""
     if source.exists() and out.exists() and source.samefile(out):
-        raise FormatError(f"{out}: is the file to be quantized. Give another name to write to.")
+        raise FormatError(f"{out}: is the file to be read. Give another name to write to.")
     if out.exists() and not overwrite:
         raise FormatError(f"{out}: exists already. Give another name, or --overwrite to replace it.")
     check_writable(out)

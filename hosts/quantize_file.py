@@ -10,6 +10,7 @@ from ..quant.calibration import Calibration, describe
 from ..quant.file_format import QuantizedModel, write_model
 from ..quant.layers import find_layers
 from ..quant.recipe import Recipe, preset_recipe
+from ..quant.rounding.method import Rounding
 from ..version import VERSION
 from .checkpoint_file import TensorFile, open_checkpoint, sha256_of
 from .quantize_layer import check_calibrated, quantize_layer
@@ -22,6 +23,7 @@ def quantize_file(
     groups: int,
     calibration: Calibration | None = None,
     progress: Callable[[int, int], None] | None = None,
+    rounding: Rounding | None = None,
 ) -> QuantizedModel:
     """Write a quantized copy of an SDXL checkpoint, or of a file with its UNet alone.
 
@@ -29,6 +31,7 @@ def quantize_file(
     Args:
         preset: name of a preset, or a recipe for this model. groups: timestep groups of a preset.
         progress: called with (layers done, layers in all).
+        rounding: of 4-bit weights; None for plain.
     Returns: what was written.
     Raises: FormatError if a file cannot be read or written; ModelError if the source is not SDXL or quantized already;
         SchemeError if the recipe names layers that it has not;
@@ -42,18 +45,19 @@ def quantize_file(
         if unknown is not None:
             raise SchemeError(f"{unknown}: in the recipe, but no quantizable layer of {source}. Make a plan for this model.")
         check_calibrated(recipe, calibration)
-        model = _quantize(file, recipe, calibration, progress)
+        model = _quantize(file, recipe, calibration, progress, rounding)
         model.base_model = {"name": Path(source).stem, "sha256": sha256_of(source)}
         write_model(out, model, VERSION)
     return model
 
 
-def _quantize(file: TensorFile, recipe: Recipe, calibration: Calibration | None, progress) -> QuantizedModel:
+def _quantize(file: TensorFile, recipe: Recipe, calibration: Calibration | None, progress, rounding: Rounding | None) -> QuantizedModel:
     prefix = file.unet_prefix
     quantized = {}
     for done, (name, scheme) in enumerate(recipe.schemes.items(), 1):
         key = prefix + name
-        quantized[name] = quantize_layer(name, file[f"{key}.weight"], file.get(f"{key}.bias"), scheme, recipe.groups_of(name), calibration)
+        weight, bias = file[f"{key}.weight"], file.get(f"{key}.bias")
+        quantized[name] = quantize_layer(name, weight, bias, scheme, recipe.groups_of(name), calibration, rounding)
         if progress is not None:
             progress(done, len(recipe.schemes))
     taken = {f"{prefix}{name}.{part}" for name in quantized for part in ("weight", "bias")}

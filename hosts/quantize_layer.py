@@ -11,24 +11,32 @@ from ..quant.calibration import Calibration, not_calibrated
 from ..quant.channel_group import grouped_statistics, weight_energy, within_int32
 from ..quant.file_format import QuantizedLayer
 from ..quant.recipe import Recipe
+from ..quant.rounding.method import Rounding
 from ..quant.scheme import Scheme
 from ..quant.weight import check_weight, quantize_weight
 
 
 def quantize_layer(
-    name: str, weight: Tensor, bias: Tensor | None, scheme: Scheme, groups: tuple[int, ...], calibration: Calibration | None
+    name: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    scheme: Scheme,
+    groups: tuple[int, ...],
+    calibration: Calibration | None,
+    rounding: Rounding | None = None,
 ) -> QuantizedLayer:
     """Codes, scales and activation tables of one layer, on the weight's device; bias keeps its dtype.
 
     Args:
         calibration: may be None if the scheme needs none; check_calibrated says so in words.
+        rounding: of 4-bit weights; None for plain.
     Raises: WeightError if the weight or bias is NaN or infinite; CalibrationError if the layer was not observed; SchemeError if
         it has too few input channels for its groups.
     """
-    quantized = quantize_weight(weight.detach(), name)
+    layer = _quantized_weight(name, weight.detach(), scheme, rounding or Rounding())
     if bias is not None:
         check_weight(bias, f"{name}.bias")
-    layer = QuantizedLayer(quantized.codes, quantized.scale, None if bias is None else bias.detach())
+        layer.bias = bias.detach()
     importance = None
     if scheme.is_grouped:
         calibration, importance = _group(name, weight, layer, scheme, groups, calibration)
@@ -37,6 +45,14 @@ def quantize_layer(
         layer.act_scale = tables.scale.to(weight.device)
         layer.act_zero_point = None if tables.zero_point is None else tables.zero_point.to(weight.device)
     return layer
+
+
+def _quantized_weight(name: str, weight: Tensor, scheme: Scheme, rounding: Rounding) -> QuantizedLayer:
+    if scheme.is_int4:
+        int4 = rounding.round(weight, name)
+        return QuantizedLayer(int4.packed(), int4.scale, group_scale=int4.group_scale)
+    int8 = quantize_weight(weight, name)
+    return QuantizedLayer(int8.codes, int8.scale)
 
 
 def _group(

@@ -3,6 +3,7 @@
 Keys: `model.diffusion_model.<layer>.qweight` int8 (N, K) or (Cout, kh, kw, Cin), `.weight_scale` fp32 (N,), `.bias`,
 `.act_scale` fp32 (64,) and `.act_zero_point` int32 (64,) of static layers, `.channel_order` int32 (K,) and `.channel_exponents`
 int8 (blocks,) of layers with channel groups, whose codes are stored in that order. Stock loaders find no `weight` and refuse.
+4-bit layers: `.qweight` uint8 (N, ceil(K / 128) * 64) packed as in int4.py, `.group_scale` int8 (K / 64, N) beside the channels' scales.
 All other tensors keep their own names, text encoders and VAE of a whole checkpoint among them.
 """
 
@@ -19,21 +20,23 @@ from torch import Tensor
 from ..errors import FormatError
 from .atomic_file import save_tensors
 from .channel_group import stored_grouping
+from .int4 import GROUP_SIZE, MAX_GROUP_SCALE
 from .layers import UNET_PREFIX
 from .recipe import Recipe
-from .safe_header import open_tensors
+from .safe_header import open_tensors, printable
 from .scheme import Scheme
 from .timestep import NUM_BUCKETS
 
 HEADER_KEY = "stepquant"
 FORMAT_VERSION = 1
-OPTIONAL_PARTS = ("bias", "act_scale", "act_zero_point", "channel_order", "channel_exponents")
+OPTIONAL_PARTS = ("group_scale", "bias", "act_scale", "act_zero_point", "channel_order", "channel_exponents")
 
 
 @dataclass
 class QuantizedLayer:
     """One layer as stored. act_scale and act_zero_point are None unless its activation mode is static.
 
+    group_scale: of 4-bit weights, whose qweight is packed; None elsewhere.
     channel_order, channel_exponents: as in channel_group.ChannelGrouping, of layers with channel groups. Their qweight holds
     the input channels in that order; None elsewhere.
     """
@@ -45,6 +48,15 @@ class QuantizedLayer:
     act_zero_point: Tensor | None = None
     channel_order: Tensor | None = None
     channel_exponents: Tensor | None = None
+    group_scale: Tensor | None = None
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Of the float weight that the codes stand for: (N, K), or (Cout, Cin, kh, kw)."""
+        if self.group_scale is not None:
+            return self.qweight.shape[0], GROUP_SIZE * self.group_scale.shape[0]
+        shape = tuple(self.qweight.shape)
+        return shape if len(shape) == 2 else (shape[0], shape[3], shape[1], shape[2])
 
 
 @dataclass
@@ -124,9 +136,9 @@ def _to_header(raw: Mapping, path: str | Path) -> Header:
 
     return Header(
         version=raw["version"],
-        library_version=str(raw.get("library_version")),
-        kind=str(raw.get("kind")),
-        base_model=table("base_model"),
+        library_version=printable(raw.get("library_version")) or "unknown",
+        kind=printable(raw.get("kind")) or "unknown",
+        base_model={key: printable(table("base_model").get(key)) for key in ("name", "sha256")},
         recipe=Recipe.from_json(raw.get("recipe"), str(path)),
         calibration=table("calibration"),
     )
@@ -147,8 +159,15 @@ def _check_layer(layer: QuantizedLayer, name: str, scheme: Scheme, path: str | P
 
     static = scheme.is_static
     channels = layer.qweight.shape[0] if layer.qweight.ndim else 0
-    if layer.qweight.dtype is not torch.int8 or layer.qweight.ndim not in (2, 4):
+    if scheme.is_int4 and not _is_int4(layer):
+        scales = f"group_scale int8 (K / 64, N) in [-{MAX_GROUP_SCALE}, {MAX_GROUP_SCALE}]"
+        fail(f"a 4-bit qweight must be uint8 (N, ceil(K / 128) * 64), with {scales}")
+    if not scheme.is_int4 and layer.group_scale is not None:
+        fail("it has the group scales of 4-bit weights, and its scheme has 8 bits")
+    if not scheme.is_int4 and (layer.qweight.dtype is not torch.int8 or layer.qweight.ndim not in (2, 4)):
         fail(f"qweight is {layer.qweight.dtype} of shape {tuple(layer.qweight.shape)}; int8 with 2 or 4 dimensions is needed")
+    if channels == 0 or layer.qweight.numel() == 0:
+        fail(f"qweight of shape {tuple(layer.qweight.shape)} is empty")
     if tuple(layer.weight_scale.shape) != (channels,) or not _is_positive(layer.weight_scale):
         fail(f"weight_scale must be {channels} positive numbers")
     if layer.bias is not None and (tuple(layer.bias.shape) != (channels,) or not bool(torch.isfinite(layer.bias).all())):
@@ -157,9 +176,19 @@ def _check_layer(layer: QuantizedLayer, name: str, scheme: Scheme, path: str | P
         fail(f"act_scale must be {NUM_BUCKETS} positive numbers")
     if static and not scheme.symmetric and (layer.act_zero_point is None or tuple(layer.act_zero_point.shape) != (NUM_BUCKETS,)):
         fail(f"act_zero_point must be {NUM_BUCKETS} whole numbers")
+    if not scheme.is_grouped and (layer.channel_order is not None or layer.channel_exponents is not None):
+        fail("it has channel groups, which its scheme has not")
     K = layer.qweight.shape[-1]
     if scheme.is_grouped and not _is_grouping(layer, K, scheme.granularity):
         fail(f"channel_order must be a permutation of {K} channels, channel_exponents must descend to 0 in blocks of {scheme.granularity}")
+
+
+def _is_int4(layer: QuantizedLayer) -> bool:
+    codes, scale = layer.qweight, layer.group_scale
+    if scale is None or scale.dtype is not torch.int8 or scale.ndim != 2 or codes.dtype is not torch.uint8 or codes.ndim != 2:
+        return False
+    shapes_fit = tuple(codes.shape) == (scale.shape[1], -(-scale.shape[0] // 2) * GROUP_SIZE)
+    return shapes_fit and scale.numel() > 0 and int(scale.min()) >= -MAX_GROUP_SCALE and int(scale.max()) <= MAX_GROUP_SCALE
 
 
 def _is_grouping(layer: QuantizedLayer, K: int, granularity: int) -> bool:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .activation_choice import choose_grouping
+from .activation_choice import MIN_GAIN_DB, choose_grouping
 from .activation_noise import simulated_rows
 from .channel_group import weight_energy
+from .int4 import GROUP_SIZE
 from .layers import LayerSpec, has_symmetric_input, needs_row_scales
 from .observer import LayerStatistics
 from .scheme import ActivationMode, ComputeType, Scheme
@@ -27,10 +28,11 @@ from .weight import dequantize_weight, quantize_weight
 FP16 = "fp16"
 WEIGHT_ONLY = "w8a16"
 TOKEN, STATIC, CHANNEL_GROUP = (mode.value for mode in (ActivationMode.TOKEN, ActivationMode.STATIC, ActivationMode.CHANNEL_GROUP))
+TOKEN_GROUP = "channel_group on token"  # channel groups whose base scale follows the row, or the image
 
 # Time per multiply-add against fp16: the order matters to a plan, not the figures. int8 products have twice fp16's rate on every
 # card that has them; a dynamic scale is one more pass over the input, channel groups shift inside the product.
-TIME_PER_MAC = {FP16: 1.0, WEIGHT_ONLY: 1.05, STATIC: 0.5, TOKEN: 0.55, CHANNEL_GROUP: 0.6}
+TIME_PER_MAC = {FP16: 1.0, WEIGHT_ONLY: 1.05, STATIC: 0.5, TOKEN: 0.55, CHANNEL_GROUP: 0.6, TOKEN_GROUP: 0.65}
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,15 @@ def candidate_schemes(spec: LayerSpec, channel_groups: int = 1, granularity: int
     Args: channel_groups: more than 1 adds channel groups where the layer has channels enough.
     """
     found: dict[str, Scheme | None] = {TOKEN: Scheme()}
+    groups = min(channel_groups, spec.in_channels // granularity)
+    grouped = Scheme(activation=ActivationMode.CHANNEL_GROUP, channel_groups=groups, granularity=granularity)
     if not needs_row_scales(spec.name):
         symmetric = has_symmetric_input(spec.name)
         found[STATIC] = Scheme(activation=ActivationMode.STATIC, symmetric=symmetric)
-        groups = min(channel_groups, spec.in_channels // granularity)
         if groups > 1:
-            found[CHANNEL_GROUP] = Scheme(
-                activation=ActivationMode.CHANNEL_GROUP, symmetric=symmetric, channel_groups=groups, granularity=granularity
-            )
+            found[CHANNEL_GROUP] = replace(grouped, symmetric=symmetric)
+    if groups > 1:
+        found[TOKEN_GROUP] = replace(grouped, group_base=ActivationMode.TOKEN)
     return {**found, WEIGHT_ONLY: Scheme(activation=ActivationMode.FP16, compute=ComputeType.FP16), FP16: None}
 
 
@@ -122,7 +125,18 @@ def layer_options(
             noisy = simulated_rows(statistics, scheme, groups, is_conv=is_conv, grouping=grouping, energy=energy).to(weight.device)
             local = weight_noise + per_bucket(((noisy - rows) @ matrix).square().sum(1))
         options.append(Option(label, scheme, local, local * gain, stored_bytes(spec, scheme)))
-    return LayerOptions(spec.name, statistics.buckets, _macs(spec, statistics), tuple(options), 2 * math.prod(spec.shape))
+    return LayerOptions(spec.name, statistics.buckets, _macs(spec, statistics), _worth_it(options), 2 * math.prod(spec.shape))
+
+
+def _worth_it(options: list[Option]) -> tuple[Option, ...]:
+    """Channel groups only where they make the layer's noise MIN_GAIN_DB less than any plain integer scheme."""
+
+    def is_grouped(option: Option) -> bool:
+        return option.scheme is not None and option.scheme.is_grouped
+
+    plain = [float(option.noise.mean()) for option in options if option.is_integer and not is_grouped(option)]
+    least = min(plain, default=math.inf) * 10 ** (-MIN_GAIN_DB / 10)
+    return tuple(option for option in options if not is_grouped(option) or float(option.noise.mean()) <= least)
 
 
 def stored_bytes(spec: LayerSpec, scheme: Scheme | None) -> int:
@@ -132,7 +146,8 @@ def stored_bytes(spec: LayerSpec, scheme: Scheme | None) -> int:
         return 2 * count
     tables = NUM_BUCKETS * (4 if scheme.symmetric else 8) if scheme.is_static else 0
     order = 4 * spec.in_channels + spec.in_channels // scheme.granularity if scheme.is_grouped else 0
-    return count * scheme.weight_bits // 8 + 4 * spec.shape[0] + tables + order
+    group_scales = count // GROUP_SIZE if scheme.is_int4 else 0
+    return count * scheme.weight_bits // 8 + group_scales + 4 * spec.shape[0] + tables + order
 
 
 def _as_matrix(weight: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ class ComputeType(str, Enum):
     FP16 = "fp16"
 
 
+WEIGHT_BITS = (8, 4)
 # Channels per block of a channel group. The kernels take 32 and more; 8 and 16 run in the reference, so that a small
 # model is grouped as finely relative to its widths as SDXL.
 GRANULARITIES = (8, 16, 32, 64, 128)
@@ -29,7 +30,8 @@ _GROUP_FIELDS = ("channel_groups", "granularity", "group_base")
 
 @dataclass(frozen=True)
 class Scheme:
-    """weight_bits: 8, symmetric per output channel. symmetric: zero point of a static activation is 0.
+    """weight_bits: 8, symmetric per output channel, or 4, of a Linear in groups of 64 (int4.py). symmetric: zero point of a static
+    activation is 0.
 
     Of channel_group only: channel_groups: at most so many, 1 to 16. granularity: a group holds a multiple of so many
     channels, but for the layer's last ones. group_base: where the scale that all groups share comes from, TOKEN or STATIC.
@@ -42,6 +44,10 @@ class Scheme:
     channel_groups: int = 1
     granularity: int = 64
     group_base: ActivationMode = ActivationMode.STATIC
+
+    @property
+    def is_int4(self) -> bool:
+        return self.weight_bits == 4
 
     @property
     def is_grouped(self) -> bool:
@@ -78,11 +84,13 @@ class Scheme:
             )
         except ValueError as error:
             raise SchemeError(f"{layer}: {error}. Update StepQuant, or quantize the model again.") from None
-        if scheme.weight_bits != 8 or not isinstance(scheme.symmetric, bool):
+        if scheme.weight_bits not in WEIGHT_BITS or not isinstance(scheme.symmetric, bool):
             raise SchemeError(
                 f"{layer}: weight_bits {scheme.weight_bits!r}, symmetric {scheme.symmetric!r}; this version runs "
-                "8-bit weights. Update StepQuant, or quantize the model again."
+                "weights of 8 and 4 bits. Update StepQuant, or quantize the model again."
             )
+        if scheme.is_int4 and scheme.is_grouped:
+            raise SchemeError(f"{layer}: 4-bit weights with channel groups; only 8-bit ones can have them. Quantize the model again.")
         scheme._check_groups(layer)
         return scheme
 

@@ -77,12 +77,6 @@ def fingerprint(path: str | Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def stub_shape(qweight: Tensor) -> tuple[int, ...]:
-    """Shape of the float weight that codes stand for: (N, K), or OIHW."""
-    shape = tuple(qweight.shape)
-    return shape if len(shape) == 2 else (shape[0], shape[3], shape[1], shape[2])
-
-
 def _load_unet(path: str, stored: QuantizedModel, acceleration: Acceleration, disable_dynamic: bool) -> ModelPatcher:
     outer = _with_stubs(stored)
     check_is_sdxl({key: tensor.shape for key, tensor in outer.items()}, path)
@@ -113,7 +107,7 @@ def _with_stubs(stored: QuantizedModel) -> dict[str, Tensor]:
     """The UNet as detection must see it: shapes and dtypes of float weights, without data where codes stand for them."""
     tensors = dict(stored.rest)
     for name, layer in stored.layers.items():
-        tensors[f"{name}.weight"] = torch.empty(stub_shape(layer.qweight), dtype=torch.float16, device="meta")
+        tensors[f"{name}.weight"] = torch.empty(layer.weight_shape, dtype=torch.float16, device="meta")
         if layer.bias is not None:
             tensors[f"{name}.bias"] = layer.bias
     return tensors

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import ModelError
 from ...kernels import dispatch
-from ...kernels.dispatch import ChannelGroups
+from ...kernels.dispatch import ChannelGroups, paired_scales
 from ...quant.file_format import QuantizedLayer
 from ...quant.mac_counter import MacCounter
 from ...quant.scheme import Scheme
@@ -36,7 +36,9 @@ class QuantizedModule(nn.Module):
         for part, tensor in vars(layer).items():
             self.register_buffer(part, tensor)
         self._groups: ChannelGroups | None = None
-        sums = None if layer.act_zero_point is None else compute.sums_of_codes(layer.qweight, self.groups)
+        paired = None if layer.group_scale is None else paired_scales(layer.group_scale)
+        self.register_buffer("paired_scale", paired, persistent=False)
+        sums = None if layer.act_zero_point is None else compute.sums_of_codes(layer.qweight, self.groups, paired)
         self.register_buffer("weight_sums", sums, persistent=False)
 
     @property
@@ -71,6 +73,7 @@ class QuantizedModule(nn.Module):
             act_zero_point=self.act_zero_point,
             counter=self.counter,
             groups=self.groups,
+            group_scale=self.paired_scale,
         )
 
     def _bucket(self) -> Tensor:

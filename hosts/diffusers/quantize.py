@@ -12,6 +12,7 @@ from ...quant.file_format import QuantizedLayer
 from ...quant.layers import check_is_sdxl, find_layers
 from ...quant.mac_counter import MacCounter
 from ...quant.recipe import Recipe
+from ...quant.rounding.method import Rounding
 from ...quant.scheme import Scheme
 from ...quant.weight import check_weight
 from ..key_mapping import UnknownUNetKey, diffusers_to_ldm, ldm_to_diffusers
@@ -33,12 +34,12 @@ class UNetState:
     calibration: dict[str, object] = field(default_factory=dict)
 
 
-def quantize_unet(unet: nn.Module, recipe: Recipe, calibration: Calibration | None = None) -> nn.Module:
+def quantize_unet(unet: nn.Module, recipe: Recipe, calibration: Calibration | None = None, rounding: Rounding | None = None) -> nn.Module:
     """Replace the recipe's layers by quantized ones, in place; each float weight is released as its codes are made.
 
     Args:
         unet: a diffusers UNet2DConditionModel of SDXL's topology, any device and float dtype.
-        calibration: needed if a scheme is static.
+        calibration: needed if a scheme is static. rounding: of 4-bit weights; None for plain.
     Returns: the same UNet.
     Raises: ModelError if it is not SDXL's or quantized already; SchemeError if the recipe names another model's
         layers; CalibrationError if a static layer was not observed; WeightError if a weight is NaN or infinite.
@@ -49,7 +50,7 @@ def quantize_unet(unet: nn.Module, recipe: Recipe, calibration: Calibration | No
     for name, scheme in recipe.schemes.items():
         path = ldm_to_diffusers(name)
         original = unet.get_submodule(path)
-        layer = quantize_layer(name, original.weight, original.bias, scheme, recipe.groups_of(name), calibration)
+        layer = quantize_layer(name, original.weight, original.bias, scheme, recipe.groups_of(name), calibration, rounding)
         replace_layer(unet, path, build_layer(name, scheme, layer, original, state.tap))
     set_attention(unet, recipe.attention)
     setattr(unet, STATE_ATTRIBUTE, state)

@@ -72,8 +72,7 @@ def _check_fits(unet: nn.Module, model: QuantizedModel, source: str) -> None:
     shapes = {diffusers_to_ldm(key): tuple(tensor.shape) for key, tensor in unet.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in model.rest.items()}
     for name, layer in model.layers.items():
-        codes = layer.qweight
-        found[f"{name}.weight"] = tuple(codes.permute(0, 3, 1, 2).shape if codes.ndim == 4 else codes.shape)
+        found[f"{name}.weight"] = layer.weight_shape
         if layer.bias is not None:
             found[f"{name}.bias"] = tuple(layer.bias.shape)
     for name in sorted(shapes.keys() | found.keys()):

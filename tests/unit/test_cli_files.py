@@ -17,6 +17,8 @@ from stepquant.quant.calibration import Calibration
 from stepquant.quant.file_format import read_model
 from stepquant.quant.layers import UNET_PREFIX, find_layers
 from stepquant.quant.observer import LayerStatistics
+from stepquant.quant.recipe import Recipe
+from stepquant.quant.scheme import ActivationMode, Scheme
 
 CONV, LINEAR = "input_blocks.1.0.in_layers.2", "middle_block.1.proj_in"
 
@@ -57,17 +59,19 @@ def write_checkpoint(path, **changes):
     return path
 
 
-def write_calibration(path, names=(CONV, LINEAR)):
-    ranges = torch.linspace(1, 2, 8)[None]
+def write_calibration(path, names=(CONV, LINEAR), rows=None):
+    """Of 8 channels without recorded rows, or of `rows` (R, K)."""
+    absmax = torch.linspace(1, 2, 8) if rows is None else rows.abs().amax(0)
+    rows = torch.empty(0, 8) if rows is None else rows
     statistics = {
         name: LayerStatistics(
             buckets=torch.tensor([10]),
             count=torch.tensor([1]),
-            range_min=-ranges,
-            range_max=ranges.clone(),
+            range_min=-absmax[None],
+            range_max=absmax[None].clone(),
             token_absmax=torch.ones(1),
-            rows=torch.empty(0, 8, dtype=torch.float16),
-            row_bucket=torch.empty(0, dtype=torch.long),
+            rows=rows.half(),
+            row_bucket=torch.full((len(rows),), 10),
         )
         for name in names
     }
@@ -138,6 +142,24 @@ def test_inspect_prints_json_of_header_schemes_and_sizes(checkpoint, tmp_path):
     assert report["quantizable_layers_in_16_bit"] == []
     text = run("inspect", out, "--layers").stdout
     assert "timestep groups" in text and "0-7 8-15" in text and f"{LINEAR}: W8 static" in text
+
+
+def test_inspect_shows_each_layers_channel_groups(tmp_path):
+    scheme = Scheme(activation=ActivationMode.CHANNEL_GROUP, channel_groups=3, granularity=8, group_base=ActivationMode.TOKEN)
+    (tmp_path / "recipe.json").write_text(json.dumps(Recipe({LINEAR: scheme, CONV: Scheme()}, "mixed", "test").to_json()))
+    wide = torch.randn(16, 24, generator=torch.Generator().manual_seed(1)).half()
+    checkpoint = write_checkpoint(tmp_path / "in.safetensors", **{f"{UNET_PREFIX}{LINEAR}.weight": wide})
+    rows = torch.randn(32, 24, generator=torch.Generator().manual_seed(2))
+    rows[:, ::5] *= 32
+    calibration = write_calibration(tmp_path / "c.safetensors", (LINEAR,), rows)
+    out = tmp_path / "out.safetensors"
+    result = run("quantize", checkpoint, out, "--recipe", tmp_path / "recipe.json", "--calibration", calibration)
+    assert result.exit_code == 0, result.output
+    report = json.loads(run("inspect", out, "--json").stdout)
+    assert (report["layers"][LINEAR]["effective_groups"], report["layers"][LINEAR]["granularity"]) == (2, 8)
+    assert "effective_groups" not in report["layers"][CONV]
+    text = run("inspect", out, "--layers").stdout
+    assert "1 layers in 2 of 8" in text and f"{LINEAR}: W8 channel_group on token, 2 of at most 3 groups, granularity 8" in text
 
 
 def test_inspect_describes_a_calibration(tmp_path):
@@ -225,7 +247,7 @@ def test_quantize_does_not_replace_a_file_unless_asked(checkpoint, tmp_path):
     out = tmp_path / "out.safetensors"
     out.write_bytes(b"precious")
     assert_one_sentence(run("quantize", checkpoint, out), "exists already", "--overwrite")
-    assert_one_sentence(run("quantize", checkpoint, checkpoint, "--overwrite"), "is the file to be quantized")
+    assert_one_sentence(run("quantize", checkpoint, checkpoint, "--overwrite"), "is the file to be read")
     assert out.read_bytes() == b"precious"
     assert run("quantize", checkpoint, out, "--overwrite").exit_code == 0
 
@@ -254,3 +276,15 @@ def test_interrupt_leaves_nothing_half_written(checkpoint, tmp_path, monkeypatch
 def test_pickle_files_are_refused(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x02.")
     assert_one_sentence(run("quantize", tmp_path / "model.ckpt", tmp_path / "out.safetensors"), "pickle", "Convert it")
+
+
+def test_export_writes_a_file_for_stock_comfyui(checkpoint, tmp_path):
+    quantized, out = tmp_path / "q.safetensors", tmp_path / "native.safetensors"
+    run("quantize", checkpoint, quantized)
+    report = json.loads(run("export", quantized, out, "--json").stdout)
+    tensors = load_file(out)
+    assert report["size_bytes"] == out.stat().st_size
+    assert tensors[f"{UNET_PREFIX}{LINEAR}.weight"].dtype is torch.int8 and tensors[f"{UNET_PREFIX}{CONV}.weight"].dtype is torch.float16
+    assert "first_stage_model.decoder.conv_in.weight" in tensors
+    assert_one_sentence(run("export", quantized, out), "exists already", "--overwrite")
+    assert_one_sentence(run("export", checkpoint, tmp_path / "no.safetensors"), "not a StepQuant model")

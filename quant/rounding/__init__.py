@@ -1,0 +1,1 @@
+"""How 4-bit weights are rounded."""
