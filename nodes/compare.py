@@ -9,6 +9,7 @@ from .line_plot import Series, draw_line_plot
 from .picture_grid import Row, draw_picture_grid
 from .preview import show, to_picture, to_tensor
 from .quantize import CATEGORY
+from .report import finite_steps, named_layers, scheme_counts, with_report
 from .sampler_inputs import conditioning_inputs, sampling_inputs
 
 MOST_ROWS = 8
@@ -75,7 +76,22 @@ class StepQuantCompare(io.ComfyNode):
         state = state_of(quantized)
         name = "quantized" if state is None else state.recipe.preset
         grid, plot = to_tensor(_draw_grid(result, name)), to_tensor(_draw_plot(result, name))
-        return io.NodeOutput(grid, plot, result.original, result.quantized, report, ui=show(cls, report, [grid, plot]))
+        shown = show(cls, report, [grid, plot, result.original[:1], result.quantized[:1]])
+        *previews, before, after = shown["images"]
+        full = _full_report(result, state, {"before": before, "after": after})
+        return io.NodeOutput(grid, plot, result.original, result.quantized, report, ui=with_report({**shown, "images": previews}, full))
+
+
+def _full_report(result, state, pictures: dict[str, dict]) -> dict[str, object]:
+    """For the panel: the figures, the SQNR of every step, layers that did not run as integers, a picture pair for the slider."""
+    return {
+        "title": "quantized against original" if state is None else f"{state.recipe.preset} against the original",
+        "figures": result.lines(),
+        "schemes": [] if state is None else scheme_counts(state.recipe),
+        "layers": named_layers(result.float_layers, "ran in floating point in the last run"),
+        "steps_db": finite_steps(result.step_sqnr.per_step_db()),
+        "pictures": pictures,
+    }
 
 
 def _draw_grid(result, name: str) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import lru_cache
 
@@ -11,13 +12,14 @@ from comfy_api.latest import io
 from ..errors import FormatError
 from ..hosts.acceleration import OPTIONS, TOOLTIP, Acceleration
 from ..quant.file_format import HEADER_KEY
+from ..quant.safe_header import LARGEST_HEADER_BYTES, LENGTH_BYTES
 from .file_names import file_state
 from .preview import show
 from .quantize import CATEGORY
+from .report import model_report, with_report
+from .shared_file import FOLDERS, PROPERTY, difference, find_file, identify, missing, remember, remembered
 
-FOLDERS = ("diffusion_models", "checkpoints")
-# safetensors' own limit for the JSON at the start of a file.
-LARGEST_HEADER = 100_000_000
+logger = logging.getLogger(__name__)
 
 
 class StepQuantLoad(io.ComfyNode):
@@ -45,29 +47,47 @@ class StepQuantLoad(io.ComfyNode):
                 io.Clip.Output("clip", tooltip="The text encoders, if the file is a whole checkpoint; otherwise load them by themselves."),
                 io.Vae.Output("vae", tooltip="The VAE, if the file is a whole checkpoint; otherwise load it by itself."),
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             has_intermediate_output=True,
         )
 
     @classmethod
     def fingerprint_inputs(cls, file_name: str, acceleration: str = Acceleration.AUTO.value) -> str:
-        return file_state(_find(file_name))
+        return file_state(find_file(file_name))
 
     @classmethod
     def validate_inputs(cls, file_name: str) -> bool | str:
-        return True if _find(file_name) else _not_found(file_name)
+        return True if find_file(file_name) else missing(file_name)
 
     @classmethod
     def execute(cls, file_name: str, acceleration: str = Acceleration.AUTO.value) -> io.NodeOutput:
         from ..hosts.comfy.loader import load_quantized
 
-        path = _find(file_name)
+        path = find_file(file_name)
         if path is None:  # the name came over a link, which ComfyUI does not validate
-            raise FormatError(_not_found(file_name))
+            raise FormatError(missing(file_name))
         loaded = load_quantized(path, embedding_directory=folder_paths.get_folder_paths("embeddings"), acceleration=acceleration)
+        identity, warning = cls._recognise(file_name, path, loaded.header)
         parts = [name for name, part in (("CLIP", loaded.clip), ("VAE", loaded.vae)) if part is not None]
         contents = f"with {' and '.join(parts)}" if parts else "UNet only: connect CLIP and VAE from other loaders"
-        text = f"{os.path.basename(file_name)}, {contents}\nUNet {loaded.model.model_size() / 2**20:.0f} MiB"
-        return io.NodeOutput(loaded.model, loaded.clip, loaded.vae, ui=show(cls, text))
+        lines = [f"{os.path.basename(file_name)}, {contents}", f"UNet {loaded.model.model_size() / 2**20:.0f} MiB"]
+        lines += [warning] if warning else []
+        report = model_report(loaded.model, lines[0], lines[1:])
+        shown = with_report(show(cls, "\n".join(lines)), report)
+        return io.NodeOutput(loaded.model, loaded.clip, loaded.vae, ui={**shown, PROPERTY: [identity]})
+
+    @classmethod
+    def _recognise(cls, file_name: str, path: str, header) -> tuple[dict[str, object], str | None]:
+        """What the workflow is to remember of the file, and what to say if it remembers another one."""
+        identity = identify(file_name, path, header)
+        workflow, node_id = cls.hidden.extra_pnginfo, cls.hidden.unique_id
+        known = remembered(workflow, node_id)
+        warning = difference(known, identity)
+        if warning:
+            logger.warning("%s", warning)
+            return known, warning  # until the artist chooses the file again, the workflow stays that of the other one
+        remember(workflow, node_id, identity)
+        return identity, None
 
 
 def list_files() -> list[str]:
@@ -81,24 +101,13 @@ def list_files() -> list[str]:
     return names
 
 
-def _find(file_name: str) -> str | None:
-    folder, _, name = file_name.replace("\\", "/").partition("/")
-    if folder not in FOLDERS or not name:
-        return None
-    return folder_paths.get_full_path(folder, name)
-
-
-def _not_found(file_name: str) -> str:
-    return f"{file_name}: no such file in models/checkpoints or models/diffusion_models. Put it there, or press R and choose another one."
-
-
 @lru_cache(maxsize=4096)
 def _is_ours(path: str, _state: str) -> bool:
     """Whether the safetensors header names StepQuant. ComfyUI lists nodes often: a file is looked at once, until it changes."""
     try:
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            return length <= LARGEST_HEADER and f'"{HEADER_KEY}":'.encode() in file.read(length)
+            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+            return length <= LARGEST_HEADER_BYTES and f'"{HEADER_KEY}":'.encode() in file.read(length)
     except OSError:
         return False
 

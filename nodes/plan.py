@@ -9,7 +9,7 @@ from ..quant.grouping import GroupingMethod
 from ..quant.plan_program import INTEGER_SHARE, Budget
 from ..quant.recipe import DEFAULT_GROUPS
 from .preview import show, to_tensor
-from .quantize import CATEGORY, CalibrationType, RecipeType
+from .quantize import CATEGORY, DEFAULT_GRANULARITY, CalibrationType, RecipeType, channel_group_inputs
 
 MEGABYTE = 1_000_000
 
@@ -85,6 +85,11 @@ class StepQuantPlan(io.ComfyNode):
                     advanced=True,
                     tooltip="Layers that stay 16 bit whatever it costs, one name a line; * is any part, as in *.ff.net.2. Usually empty.",
                 ),
+                *channel_group_inputs(
+                    1,
+                    "More than 1 offers every layer that many channel groups too: its input channels sorted by size, each group with a "
+                    "scale of its own. Finer, a little slower, and takes minutes to try. Usually 1 (none), or 8.",
+                ),
             ],
             outputs=[
                 RecipeType.Output("recipe", display_name="recipe", tooltip="For Quantize SDXL, together with the same calibration."),
@@ -109,6 +114,8 @@ class StepQuantPlan(io.ComfyNode):
         grouping: str = GroupingMethod.OPTIMAL.value,
         timestep_groups: int = DEFAULT_GROUPS,
         protect: str = "",
+        channel_groups: int = 1,
+        granularity: str = str(DEFAULT_GRANULARITY),
     ) -> io.NodeOutput:
         from ..hosts.comfy.plan import plan_model
         from .plan_plots import plan_pictures
@@ -121,7 +128,8 @@ class StepQuantPlan(io.ComfyNode):
         )
         protected = [line.strip() for line in protect.splitlines() if line.strip()]
         bar = comfy.utils.ProgressBar(1)
-        plan = plan_model(model, calibration, grouping, timestep_groups, budget, protected, bar.update_absolute)
+        groups = {"channel_groups": channel_groups, "granularity": int(granularity)}
+        plan = plan_model(model, calibration, grouping, timestep_groups, budget, protected, bar.update_absolute, **groups)
         pictures = [to_tensor(picture) for picture in plan_pictures(plan, calibration)]
         report = "\n".join(plan.lines())
         return io.NodeOutput(plan.recipe, *pictures, report, ui=show(cls, report, pictures))

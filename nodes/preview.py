@@ -15,7 +15,7 @@ def show(node: type[io.ComfyNode], text: str, pictures: Sequence[torch.Tensor] =
 
     Args:
         node: the class ComfyUI executes.
-        text: kept in the history as `text`; web/node_text.js shows it below the node's widgets.
+        text: kept in the history as `text`; web/node_panel.js shows it below the node's widgets.
         pictures: (B, H, W, 3) in [0, 1]; of different sizes if need be.
     """
     shown = ui.PreviewText(text).as_dict()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,6 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FormatError
+
+SUFFIX = ".part"
+# A file that is still being written changes every second; one left by a killed process does not.
+ABANDONED_SECONDS = 600
 
 
 @contextmanager
@@ -37,12 +42,22 @@ def make_temporary(path: Path) -> Path:
 
     Raises: FormatError if the folder is missing or read-only.
     """
+    _remove_abandoned(path)
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".part", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=SUFFIX, dir=path.parent)
     except OSError as error:
         raise FormatError(f"{path}: cannot write here ({error.strerror}). Choose a folder that exists and that you may write to.") from None
     os.close(handle)
     return Path(temporary)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """What a process that was killed while writing `path` has left: gigabytes, under a hidden name."""
+    start = f".{path.stem}."
+    with suppress(OSError):  # a folder that cannot be read is reported by what follows
+        for left in path.parent.iterdir():
+            if left.name.startswith(start) and left.suffix == SUFFIX and time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                left.unlink()
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

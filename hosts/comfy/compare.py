@@ -23,6 +23,7 @@ from ...errors import ModelError
 from ...quant.sqnr import StepSqnr, sqnr_db
 from .attach import counting_macs
 from .sampling import SEEDS, SamplerSettings, SamplingProgress, sample_latent
+from .saturation import said_of_runs
 
 WRAPPER_KEY = "stepquant_compare"
 STEPS_TO_WARM_UP = 2
@@ -33,7 +34,8 @@ class Comparison:
     """original, quantized: (R, H, W, 3) in [0, 1], one per picture. seeds, psnr_db: one per picture.
 
     step_sqnr: UNet output per step; energies summed over runs. integer_share: in [0, 1] of the multiply-adds
-    outside the never-quantized layers; None if the model counted none.
+    outside the never-quantized layers; None if the model counted none. float_layers: those of them that did not all
+    run as integers. saturation: of each run in which static layers left their range, what is said of it; None if it has none.
     """
 
     original: Tensor
@@ -45,6 +47,8 @@ class Comparison:
     original_ms_per_step: float
     quantized_ms_per_step: float
     integer_share: float | None
+    float_layers: list[str]
+    saturation: list[str] | None
 
     def lines(self) -> list[str]:
         """The figures as text, one line each, ASCII."""
@@ -56,7 +60,13 @@ class Comparison:
             f"Picture PSNR: mean {_decibels(sum(self.psnr_db) / len(self.psnr_db))}, worst {_decibels(min(self.psnr_db))}",
             f"Time per step: original {self.original_ms_per_step:.1f} ms, quantized {self.quantized_ms_per_step:.1f} ms ({speed:.2f}x)",
             f"Multiply-adds that ran as integers: {share}",
+            *self._saturation_lines(),
         ]
+
+    def _saturation_lines(self) -> list[str]:
+        if self.saturation is None:
+            return []
+        return [f"Saturation: {said}" for said in self.saturation] or ["Saturation: no static layer left its calibrated range"]
 
 
 @dataclass
@@ -102,7 +112,8 @@ def compare_models(
 
     recorder = _Recorder()
     first = sample_all(_wrapped(original, recorder.record))
-    second = sample_all(quantized)
+    with said_of_runs(quantized.model) as saturation:
+        second = sample_all(quantized)
     replay = _Replay(recorder.calls)
     with counting_macs(quantized.model) as counter:
         sample_all(_wrapped(quantized, replay.compare))
@@ -117,6 +128,8 @@ def compare_models(
         first.ms_per_step,
         second.ms_per_step,
         counter.integer_share() if counter.total else None,
+        sorted(name for name, macs in counter.total_by_layer.items() if counter.integer_by_layer.get(name, 0) < macs),
+        saturation,
     )
 
 

@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BROUGHT_BY_COMFYUI = {"torch", "numpy", "scipy", "safetensors", "PIL", "tqdm", "comfy_aimdo", "comfy_kitchen"}
-COMFYUI_ITSELF = {"comfy", "comfy_api", "comfy_execution", "comfyui_version", "folder_paths", "latent_preview"}
+# server and aiohttp: one route of ours asks whether a shared file is here (nodes/routes.py).
+COMFYUI_ITSELF = {"comfy", "comfy_api", "comfy_execution", "comfyui_version", "folder_paths", "latent_preview", "server", "aiohttp"}
 OPTIONAL = {"triton"}  # imported by kernels/triton_ops only, at the first call that needs it
 
 

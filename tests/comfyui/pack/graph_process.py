@@ -28,9 +28,13 @@ class GraphProcess:
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
         )
 
-    def run(self, prompt: dict, cancel_after: int | None = None) -> dict:
-        """Run an API-format graph; see graph_runner.py for the answer."""
-        return self._ask({"prompt": prompt, "cancel_after": cancel_after})
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def run(self, prompt: dict, cancel_after: int | None = None, extra_pnginfo: dict | None = None) -> dict:
+        """Run an API-format graph; see graph_runner.py for the answer. extra_pnginfo: what a browser sends with it."""
+        return self._ask({"prompt": prompt, "cancel_after": cancel_after, "extra_pnginfo": extra_pnginfo})
 
     def outputs(self, prompt: dict) -> dict:
         """The outputs by node id of a graph that must succeed."""
@@ -48,6 +52,9 @@ class GraphProcess:
 
     def schemas(self) -> dict:
         return self._ask({"schemas": True})
+
+    def memory_bytes(self) -> int:
+        return self._ask({"memory": True})["bytes"]
 
     def limit_file_size(self, size: int | None) -> None:
         """Let the process write no file larger than `size` bytes, as on a full disk; None lifts the limit."""

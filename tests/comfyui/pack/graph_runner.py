@@ -1,8 +1,9 @@
 """Child process of the node tests: a whole ComfyUI without a port, in which the command line's extras cannot be imported.
 
 Reads one JSON request a line from stdin, answers with one JSON line. Requests:
-{"prompt": {...}, "cancel_after": n}  run an API-format graph; cancel at the n-th progress report, if given
+{"prompt": {...}, "cancel_after": n, "extra_pnginfo": {...}}  run an API-format graph; cancel at the n-th progress report, if given
 {"limit": bytes or null}              let this process write no file larger than that, as on a full disk
+{"memory": true}                      RAM that this process holds, in bytes, once the allocator has given back what it can
 {"schemas": true}                     what ComfyUI would send the front end for our nodes
 """
 
@@ -64,7 +65,7 @@ class Runner:
         loop.run_until_complete(nodes.init_extra_nodes(init_custom_nodes=True, init_api_nodes=False))
         self.count = 0
 
-    def run(self, prompt: dict, cancel_after: int | None = None) -> dict:
+    def run(self, prompt: dict, cancel_after: int | None = None, extra_pnginfo: dict | None = None) -> dict:
         self.count += 1
         name, reports = f"prompt{self.count}", 0
 
@@ -79,7 +80,7 @@ class Runner:
         valid, error, outputs, node_errors = loop.run_until_complete(execution.validate_prompt(name, prompt, None))
         if not valid:
             return {"valid": False, "error": error, "node_errors": node_errors}
-        self.executor.execute(prompt, name, {}, outputs)
+        self.executor.execute(prompt, name, {"extra_pnginfo": extra_pnginfo} if extra_pnginfo else {}, outputs)
         failures = [data for event, data in self.executor.status_messages if event in ("execution_error", "execution_interrupted")]
         return {
             "valid": True,
@@ -111,6 +112,16 @@ def limit_file_size(size: int | None) -> dict:
     return {}
 
 
+def held_memory() -> dict:
+    """Without free blocks that glibc keeps for later: how much of them it keeps is chance."""
+    import ctypes
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/status", encoding="utf-8") as status:
+        return {"bytes": 1024 * int(next(line for line in status if line.startswith("VmRSS")).split()[1])}
+
+
 def main() -> None:
     runner = Runner()
     for line in sys.stdin:
@@ -118,10 +129,12 @@ def main() -> None:
         try:
             if "limit" in request:
                 answer = limit_file_size(request["limit"])
+            elif "memory" in request:
+                answer = held_memory()
             elif "schemas" in request:
                 answer = {name: node.GET_NODE_INFO_V1() for name, node in nodes.NODE_CLASS_MAPPINGS.items() if is_ours(name)}
             else:
-                answer = runner.run(request["prompt"], request.get("cancel_after"))
+                answer = runner.run(request["prompt"], request.get("cancel_after"), request.get("extra_pnginfo"))
         except Exception:
             answer = {"crash": traceback.format_exc()}
         answers.write(json.dumps(answer, default=str) + "\n")

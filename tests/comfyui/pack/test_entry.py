@@ -14,6 +14,7 @@ IDS = {
     "StepQuantLoadCalibration",
     "StepQuantPlan",
     "StepQuantSave",
+    "StepQuantExportNative",
     "StepQuantLoad",
     "StepQuantCompare",
     "StepQuantSystemCheck",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 from pathlib import Path
@@ -14,16 +15,26 @@ from PIL import Image
 from . import workflows as w
 from .comfy_server import ComfyServer
 from .conftest import PACK_FOLDER, make_base
+from .demo_addons import write_controlnet, write_lora
 from .test_entry import IDS
 from .ui_workflow import to_api
 
 ROOT = Path(__file__).resolve().parents[3]
+LORA, CONTROLNET = "demo_lora.safetensors", "demo_controlnet.safetensors"
+# SDXL's own workflows in the package that ComfyUI's template browser shows; the refiner's place is taken by the demo model.
+TEMPLATES = ("sdxl_simple_example", "sdxl_refiner_prompt_example", "sdxlturbo_example")
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 
 
 @pytest.fixture(scope="module")
 def base(demo_checkpoint, tmp_path_factory) -> Path:
-    return make_base(tmp_path_factory.mktemp("server"), demo_checkpoint)
+    folder = make_base(tmp_path_factory.mktemp("server"), demo_checkpoint)
+    (folder / "models" / "controlnet").mkdir()
+    write_lora(folder / "models" / "loras" / LORA)
+    write_controlnet(folder / "models" / "controlnet" / CONTROLNET)
+    (folder / "input").mkdir(exist_ok=True)
+    Image.new("RGB", (64, 64), "red").save(folder / "input" / "example.png")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +51,30 @@ def picture(server: ComfyServer, history: dict, node: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(body)))
 
 
-def adapted(workflow: dict, object_info: dict) -> tuple[dict, str]:
-    """The example for the demo model, smaller and shorter. Returns it in API form, and the id of its SaveImage."""
+def adapted(workflow: dict, object_info: dict, steps: int = w.STEPS) -> tuple[dict, str]:
+    """A workflow for the demo model, smaller and shorter. Returns it in API form, and the id of a node that shows pictures."""
     prompt = to_api(workflow, object_info)
+    names = {"ckpt_name": "demo.safetensors", "lora_name": LORA, "control_net_name": CONTROLNET, "file_name": "example", "runs": 1}
     for node in prompt.values():
         inputs = node["inputs"]
-        inputs.update({key: value for key, value in {"ckpt_name": "demo.safetensors", "steps": w.STEPS}.items() if key in inputs})
+        inputs.update({key: value for key, value in names.items() if key in inputs})
         inputs.update({key: w.SIDE for key in ("width", "height") if key in inputs})
-    return prompt, next(identifier for identifier, node in prompt.items() if node["class_type"] == "SaveImage")
+        if "steps" in inputs:  # base and refiner share the steps at this point
+            total = inputs["steps"]
+            shared = {key: round(steps * min(1, inputs[key] / total)) for key in ("start_at_step", "end_at_step") if key in inputs}
+            inputs.update(shared, steps=min(total, steps))
+    return prompt, next(identifier for identifier, node in prompt.items() if node["class_type"] in ("SaveImage", "PreviewImage"))
+
+
+def quantized(prompt: dict) -> dict:
+    """The graph with Quantize SDXL behind every checkpoint loader."""
+    loaders = [identifier for identifier, node in prompt.items() if node["class_type"] == "CheckpointLoaderSimple"]
+    for node in prompt.values():
+        for name, value in node["inputs"].items():
+            if isinstance(value, list) and value[0] in loaders and value[1] == 0:
+                node["inputs"][name] = [f"quantize{value[0]}", 0]
+    ours = {f"quantize{one}": w.node("StepQuantQuantize", model=[one, 0], preset="w8a8-token", timestep_groups=8) for one in loaders}
+    return prompt | ours
 
 
 def test_server_offers_every_node(server):
@@ -59,10 +86,28 @@ def test_server_serves_a_help_page_for_every_node(server):
         assert server.get(f"/extensions/{quote(PACK_FOLDER)}/docs/{node_id}.md").startswith(b"# ")
 
 
-def test_server_serves_the_front_end_script(server):
-    scripts = [path for path in server.get("/extensions") if PACK_FOLDER in path]
-    assert scripts == [f"/extensions/{PACK_FOLDER}/node_text.js"]
-    assert b"registerExtension" in server.get(scripts[0])
+def test_server_serves_the_front_end_scripts(server):
+    scripts = {path.rpartition("/")[2]: path for path in server.get("/extensions") if PACK_FOLDER in path}
+    assert scripts.keys() == {"node_panel.js", "report_view.js", "shared_file.js", "sidebar.js"}
+    assert sum(b"registerExtension" in server.get(path) for path in scripts.values()) == 3
+    assert server.get(f"/extensions/{quote(PACK_FOLDER)}/report.css")
+
+
+def test_server_hands_out_the_translations(server):
+    for language, name in (("en", "Quantize SDXL"), ("zh", "量化 SDXL"), ("ja", "SDXL を量子化")):
+        assert server.get("/i18n")[language]["nodeDefs"]["StepQuantQuantize"]["display_name"].startswith(name)
+
+
+def test_server_answers_what_a_workflow_remembers(server, base):
+    def ask(known) -> dict:
+        return json.loads(server._post("/stepquant/v1/file", known))
+
+    assert "checkpoints/away.safetensors: no such file" in ask({"file": "checkpoints/away.safetensors"})["message"]
+    assert "not a StepQuant model" in ask({"file": "checkpoints/demo.safetensors"})["message"]
+    assert "no such file" in ask({"file": "../../server.log"})["message"]
+    for hostile in ([], "x" * 200_000):
+        with pytest.raises(AssertionError, match="refused"):
+            ask(hostile)
 
 
 def test_server_lists_the_example_workflows_with_their_pictures(server):
@@ -74,9 +119,25 @@ def test_server_lists_the_example_workflows_with_their_pictures(server):
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_workflow_makes_a_picture_over_http(server, example):
-    prompt, save = adapted(json.loads(example.read_text(encoding="utf-8")), server.get("/object_info"))
-    history = server.run(prompt)
-    assert picture(server, history, save).shape == (w.SIDE, w.SIDE, 3)
+    prompt, shown = adapted(json.loads(example.read_text(encoding="utf-8")), server.get("/object_info"))
+    made = picture(server, server.run(prompt), shown)
+    assert made.std() > 5 and (made.shape == (w.SIDE, w.SIDE, 3) or "compare" in example.stem)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_template_of_comfyui_makes_a_like_picture_with_our_node_inserted(server, template):
+    workflow = json.loads(_template(template).read_text(encoding="utf-8"))
+    prompt, shown = adapted(workflow, server.get("/object_info"), steps=20)  # fewer make a rough picture, which exaggerates differences
+    original = picture(server, server.run(prompt), shown).astype(float)
+    ours = picture(server, server.run(quantized(prompt)), shown).astype(float)
+    assert original.shape == (w.SIDE, w.SIDE, 3)
+    assert 0.7 < np.corrcoef(original.ravel(), ours.ravel())[0, 1] < 1 - 1e-9
+
+
+def _template(name: str) -> Path:
+    package = importlib.util.find_spec("comfyui_workflow_templates_json")
+    assert package is not None, "ComfyUI's requirement comfyui-workflow-templates is not installed here"
+    return next(Path(package.submodule_search_locations[0]).rglob(f"{name}.json"))
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
