@@ -21,6 +21,7 @@ import torch
 
 from stepquant.kernels import dispatch
 from stepquant.kernels.activation import QuantizedActivation
+from stepquant.kernels.describe import describe
 from stepquant.kernels.int8_conv2d import int8_conv2d_ref
 from stepquant.kernels.int8_gemm import int8_gemm_ref
 from stepquant.kernels.quantize_image import quantize_image_ref
@@ -212,12 +213,12 @@ def check_odd_convs() -> None:
 
 
 def context() -> dict[str, Any]:
-    gpu = dispatch.describe()["devices"][1]
+    gpu = describe()["devices"][1]
     return {
         "gpu": gpu["name"],
         "sm": gpu["sm"],
         "torch": torch.__version__,
-        "triton": dispatch.describe()["triton"],
+        "triton": describe()["triton"],
         "seed": 0,
         "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -233,7 +234,7 @@ def main() -> int:
     start = time.perf_counter()
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
-    say(json.dumps(dispatch.describe(), indent=1))
+    say(json.dumps(describe(), indent=1))
     check("backend is triton", dispatch.choose_backend("cuda").backend is dispatch.Backend.TRITON)
     check_quantizers()
     say(f"  {time.perf_counter() - start:.0f} s")

@@ -25,6 +25,7 @@ import torch
 from torch.nn import functional
 
 from stepquant.kernels import dispatch
+from stepquant.kernels.describe import describe
 from stepquant.kernels.dispatch import DynamicScale, QuantizedActivation, StaticScale
 
 DEVICE = "cuda"
@@ -230,8 +231,8 @@ def check_odd_shapes() -> None:
 
 
 def context() -> dict[str, Any]:
-    gpu = dispatch.describe()["devices"][1]
-    versions = {"torch": torch.__version__, "triton": dispatch.describe()["triton"]}
+    gpu = describe()["devices"][1]
+    versions = {"torch": torch.__version__, "triton": describe()["triton"]}
     return {"gpu": gpu["name"], "sm": gpu["sm"], **versions, "seed": 0, "utc": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 

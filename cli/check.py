@@ -12,7 +12,7 @@ from .output import console, print_json
 
 def check(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False) -> None:
     """Show GPU, torch and Triton, and which kernels will run."""
-    from ..kernels.dispatch import describe
+    from ..kernels.describe import describe
 
     report = describe()
     if as_json:

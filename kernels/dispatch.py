@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .activation import QuantizedActivation
-from .backend import Backend, BackendChoice, choose_backend, forget_choices, triton_version
+from .backend import Backend, BackendChoice, choose_backend, forget_choices
 from .channel_group import ChannelGroups, channel_groups, shifted_codes
 from .channel_group_conv2d import channel_group_conv2d_ref, grouped_border_sums
 from .channel_group_dequantized import dequantized_channel_group_conv2d, dequantized_channel_group_gemm
@@ -47,6 +46,7 @@ from .repeat import Kept, Repeated
 from .static_scale import StaticScale
 
 __all__ = [
+    "OPERATIONS",
     "Backend",
     "BackendChoice",
     "ChannelGroups",
@@ -63,7 +63,6 @@ __all__ = [
     "channel_groups",
     "choose_backend",
     "compile_ahead",
-    "describe",
     "expanded_codes",
     "forget_choices",
     "fp8_conv2d",
@@ -125,6 +124,7 @@ _DEQUANTIZED = {
     "fp8_gemm": dequantized_fp8_gemm,
     "fp8_conv2d": dequantized_fp8_conv2d,
 }
+OPERATIONS = tuple(_REFERENCE)
 _triton: dict[str, Callable[..., Any]] = {}
 
 
@@ -369,33 +369,3 @@ def compile_ahead(work: Callable[[], object], device: torch.device) -> None:
     if device.type == "cuda" and choose_backend(device).backend is Backend.TRITON:
         module = importlib.import_module(".triton_ops.compile_ahead", __package__)
         module.compile_ahead(work, device)
-
-
-def describe() -> dict[str, Any]:
-    """What will run here, as plain data for the System check: versions, and per device the backend, why, and the remedy.
-
-    Runs a test kernel on every CUDA device that could use the fast kernels.
-    """
-    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
-    return {
-        "torch": torch.__version__,
-        "triton": triton_version(),
-        "triton_interpreter": os.environ.get("TRITON_INTERPRET") == "1",
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
-        "devices": [_describe_device(device) for device in devices],
-    }
-
-
-def _describe_device(device: torch.device) -> dict[str, Any]:
-    choice = choose_backend(device)
-    report: dict[str, Any] = {"device": str(device), "name": "CPU", "sm": None, "memory_gib": None}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        report.update(name=properties.name, memory_gib=round(properties.total_memory / 2**30, 1))
-        report["sm"] = None if torch.version.hip else properties.major * 10 + properties.minor
-    report.update(backend=choice.backend.value, reason=choice.reason, remedy=choice.remedy)
-    # Quantizing has no dequantized form: it is plain torch there.
-    plain = Backend.REFERENCE if choice.backend is Backend.DEQUANTIZED else choice.backend
-    report["operations"] = {name: (plain if "quantize" in name else choice.backend).value for name in _REFERENCE}
-    return report

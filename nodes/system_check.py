@@ -40,7 +40,8 @@ class StepQuantSystemCheck(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         from ..hosts.comfy.graph import describe_runners
-        from ..kernels.dispatch import choose_backend, describe
+        from ..kernels.backend import choose_backend
+        from ..kernels.describe import describe
 
         device = comfy.model_management.get_torch_device()
         report = write_report(describe(), str(device), choose_backend(device), describe_runners())
@@ -51,7 +52,7 @@ def write_report(found: Mapping, device: str, choice, models: Sequence[str] = ()
     """The report as text.
 
     Args:
-        found: what kernels.dispatch.describe returns. device: the one ComfyUI computes on, such as cuda:0.
+        found: what kernels.describe.describe returns. device: the one ComfyUI computes on, such as cuda:0.
         choice: the BackendChoice of that device. models: one sentence for each quantized model in memory, on its CUDA graphs.
     """
     names = {one["device"]: one["name"] for one in found["devices"]}

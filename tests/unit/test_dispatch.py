@@ -13,6 +13,7 @@ import torch
 
 from stepquant.kernels import backend, dispatch
 from stepquant.kernels.backend import Backend, BackendChoice
+from stepquant.kernels.describe import describe
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +132,7 @@ def test_dispatch_quotes_the_failure_when_a_test_kernel_does_not_run(pretend_gpu
 
 
 def test_dispatch_describes_itself_as_plain_data():
-    report = dispatch.describe()
+    report = describe()
     assert json.loads(json.dumps(report)) == report
     cpu = report["devices"][0]
     assert (cpu["device"], cpu["backend"]) == ("cpu", "reference")
