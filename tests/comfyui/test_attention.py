@@ -9,13 +9,9 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from stepquant.errors import SchemeError
 from stepquant.hosts.attention import attend
-from stepquant.hosts.comfy.attach import attach
 from stepquant.hosts.comfy.attention import OVERRIDE, AttentionOverride, layer_name, set_attention
 from stepquant.quant.log2_attention import AttentionMode, AttentionScheme
-from stepquant.quant.recipe import Recipe
-from stepquant.quant.scheme import ActivationMode, Scheme
 from stepquant.quant.sqnr import sqnr_db
 
 CROSS, SELF = "input_blocks.4.1.transformer_blocks.1.attn2", "input_blocks.4.1.transformer_blocks.1.attn1"
@@ -95,9 +91,3 @@ def test_set_attention_replaces_its_own_override_and_keeps_a_foreign_one():
     assert installed.schemes == {SELF: INT8} and installed.previous is foreign
     set_attention(patcher, {})
     assert patcher.model_options["transformer_options"][OVERRIDE] is foreign
-
-
-def test_attach_refuses_channel_groups_by_name():
-    scheme = Scheme(activation=ActivationMode.CHANNEL_GROUP, channel_groups=2)
-    with pytest.raises(SchemeError, match=r"middle_block\.1\.proj_in: its input is in channel groups"):
-        attach(SimpleNamespace(), Recipe({"middle_block.1.proj_in": scheme}, "test", "test"), {}, {})

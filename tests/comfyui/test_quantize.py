@@ -161,7 +161,7 @@ def test_static_preset_runs_from_a_calibration(model, sample):
 
     with pytest.raises(CalibrationError, match=r"needs a calibration.*w8a8-token"):
         quantize_model(model, "w8a8-static")
-    from conftest import conditioning
+    from sampling_run import conditioning
 
     latent = {"samples": torch.zeros(1, 4, 16, 16)}
     settings = SamplerSettings(3, 4.0, "euler", "normal")
