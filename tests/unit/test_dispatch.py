@@ -176,11 +176,11 @@ def test_dispatch_gives_the_same_result_when_compiled():
 def test_dispatch_needs_no_triton_on_the_cpu_and_does_not_import_it():
     program = (
         "import sys, torch\n"
-        "from stepquant.kernels import dispatch as d\n"
+        "from stepquant.kernels import describe, dispatch as d\n"
         "print('imported' if 'triton' in sys.modules else 'not imported')\n"
         "sys.modules['triton'] = None\n"
         "y = d.int8_gemm(d.quantize_token(torch.ones(2, 8)), torch.ones(3, 8, dtype=torch.int8), torch.ones(3))\n"
-        "print(y.tolist(), d.describe()['triton'])"
+        "print(y.tolist(), describe.describe()['triton'])"
     )
     assert run_python(program).splitlines() == ["not imported", "[[8.0, 8.0, 8.0], [8.0, 8.0, 8.0]] None"]
 
