@@ -167,7 +167,7 @@ def int4_gemm(
             x_operand, w_operand, group_scale, y, scales[0], scales[1], weight_scale, weight_sum if scales[1] is not None else None,
             *optional_bias(bias, y), finish.addend, finish.out_scale, finish.out_zero_point,
             M, N, K, *strides, scales[2], finish.rows_per(finish.addend, M), finish.rows_per(finish.out_scale, M),
-            ACC=FLOAT_SUMS if is_float else INT8_SUMS, EVEN_K=K % CHANNELS_PER_BLOCK == 0, **_constants(design, sm),
+            ACC=FLOAT_SUMS if is_float else INT8_SUMS, EVEN_K=K % CHANNELS_PER_BLOCK == 0, **_constants(design, sm, is_float),
         )  # fmt: skip
     return y if finish.out_scale is None else finish.activation(y, M)
 
@@ -201,11 +201,12 @@ def _fitting(design: Design, x: Tensor, qweight: Tensor, sm: int) -> Design:
     return replace(design, BLOCK_K=CHANNELS_PER_BLOCK, tma=tma, split_k=1, persistent=False)
 
 
-def _constants(design: Design, sm: int) -> dict[str, int | bool]:
+def _constants(design: Design, sm: int, is_float: bool) -> dict[str, int | bool]:
     """The kernel's constants and launch options that follow from the design."""
     return register_limit(design, sm, 1) | {
         "TMA": design.tma,
-        "ASM": sm > 0,
+        # The instructions scale four weights by the first one's word: in the registers of a float operand these are of two rows.
+        "ASM": sm > 0 and not is_float,
         "PARTS": min(4, -(-design.sums_per_thread // MAX_SUMS_PER_THREAD)),
         "GROUP_M": design.group_m,
         "BLOCK_M": design.BLOCK_M,
