@@ -3,9 +3,9 @@
 import comfy.model_management
 import comfy.model_sampling
 import pytest
-import tiny_sdxl
 import torch
 from comfy.model_patcher import ModelPatcher
+from sampling_run import conditioning
 
 from stepquant.errors import CalibrationError, ModelError
 from stepquant.hosts.comfy import calibrate as module
@@ -16,12 +16,6 @@ from stepquant.quant.layers import find_layers
 from stepquant.quant.observer import ROWS_KEPT
 
 SETTINGS = SamplerSettings(steps=4, cfg=4.0, sampler_name="euler", scheduler="normal")
-
-
-def conditioning(seed: int) -> list:
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randn(1, 77, tiny_sdxl.CLIP_L + tiny_sdxl.CLIP_G, generator=generator)
-    return [[tokens, {"pooled_output": torch.randn(1, tiny_sdxl.CLIP_G, generator=generator)}]]
 
 
 def run(model, settings=SETTINGS, runs=1, batch=1):

@@ -9,6 +9,7 @@ import tiny_sdxl
 import torch
 from fused_blocks import layer_by_layer, producer_calls, unet_call
 from safetensors.torch import load_file, save_file
+from sampling_run import conditioning
 
 from stepquant.errors import CalibrationError
 from stepquant.hosts.comfy import plan
@@ -38,12 +39,6 @@ TO_Q = "input_blocks.4.1.transformer_blocks.0.attn1.to_q"
 CONV = "input_blocks.4.0.in_layers.2"
 LAYERS = [TO_Q, CONV, "input_blocks.4.0.skip_connection", "middle_block.1.transformer_blocks.0.ff.net.2"]
 UNET = "diffusion_model."
-
-
-def conditioning(seed: int) -> list:
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randn(1, 77, tiny_sdxl.CLIP_L + tiny_sdxl.CLIP_G, generator=generator)
-    return [[tokens, {"pooled_output": torch.randn(1, tiny_sdxl.CLIP_G, generator=generator)}]]
 
 
 def latent() -> dict:

@@ -4,20 +4,14 @@ import math
 
 import comfy.model_management
 import pytest
-import tiny_sdxl
 import torch
+from sampling_run import conditioning
 
 from stepquant.errors import ModelError
 from stepquant.hosts.comfy.compare import compare_models, psnr_db
 from stepquant.hosts.comfy.quantize import quantize_model
 from stepquant.hosts.comfy.sampling import SamplerSettings, sample_latent
 from stepquant.quant.sqnr import sqnr_db
-
-
-def conditioning(seed: int) -> list:
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randn(1, 77, tiny_sdxl.CLIP_L + tiny_sdxl.CLIP_G, generator=generator)
-    return [[tokens, {"pooled_output": torch.randn(1, tiny_sdxl.CLIP_G, generator=generator)}]]
 
 
 class PixelVae:

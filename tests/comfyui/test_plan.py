@@ -3,8 +3,8 @@
 import comfy.model_management
 import comfy.sd
 import pytest
-import tiny_sdxl
 import torch
+from sampling_run import conditioning
 
 from stepquant.errors import CalibrationError, ModelError
 from stepquant.hosts.comfy.calibrate import calibrate
@@ -16,12 +16,6 @@ from stepquant.quant.plan_program import Budget
 
 SETTINGS = SamplerSettings(steps=4, cfg=4.0, sampler_name="euler", scheduler="normal")
 LAYER = "middle_block.0.in_layers.2"
-
-
-def conditioning(seed: int) -> list:
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randn(1, 77, tiny_sdxl.CLIP_L + tiny_sdxl.CLIP_G, generator=generator)
-    return [[tokens, {"pooled_output": torch.randn(1, tiny_sdxl.CLIP_G, generator=generator)}]]
 
 
 def latent(**extra) -> dict:

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import comfy.sd
 import pytest
-import tiny_sdxl
 import torch
 from fake_graph import use_fake_graphs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sampling_run import conditioning
 
 from stepquant.hosts.acceleration import Acceleration
 from stepquant.hosts.comfy import saturation
@@ -26,12 +26,6 @@ from stepquant.quant.scheme import ActivationMode, Scheme
 CONV, SECOND = "input_blocks.4.0.in_layers.2", "middle_block.1.transformer_blocks.0.ff.net.2"
 OWN = [f"input_blocks.4.1.transformer_blocks.0.attn1.{name}" for name in ("to_q", "to_k", "to_v")]
 STEPS = 5
-
-
-def conditioning(seed: int) -> list:
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randn(1, 77, tiny_sdxl.CLIP_L + tiny_sdxl.CLIP_G, generator=generator)
-    return [[tokens, {"pooled_output": torch.randn(1, tiny_sdxl.CLIP_G, generator=generator)}]]
 
 
 @pytest.fixture(scope="module")

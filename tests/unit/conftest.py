@@ -37,3 +37,21 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 def generator() -> torch.Generator:
     """A seeded source of random numbers of this test's own."""
     return torch.Generator().manual_seed(20240607)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_config() -> dict[str, object]:
+    """Of a diffusers UNet with SDXL's topology and a few channels."""
+    return {
+        "sample_size": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (32, 64, 64),
+        "transformer_layers_per_block": (0, 1, 1),
+        "attention_head_dim": (1, 2, 2),
+        "cross_attention_dim": 48,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 64,
+    }

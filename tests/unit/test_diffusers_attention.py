@@ -18,26 +18,13 @@ from stepquant.hosts.diffusers.attention import QuantizedAttentionProcessor, att
 from stepquant.hosts.diffusers.quantize import quantize_unet  # noqa: E402
 from stepquant.hosts.diffusers.unet_file import load, save  # noqa: E402
 
-TINY = {
-    "sample_size": 8,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (32, 64, 64),
-    "transformer_layers_per_block": (0, 1, 1),
-    "attention_head_dim": (1, 2, 2),
-    "cross_attention_dim": 48,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 64,
-}
 LOG2, INT8 = AttentionScheme(AttentionMode.LOG2, 8), AttentionScheme(AttentionMode.INT8_QK)
 
 
 @pytest.fixture(scope="module")
-def original():
+def original(tiny_sdxl_config):
     torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(**TINY).half().float().eval().requires_grad_(False)
+    return diffusers.UNet2DConditionModel(**tiny_sdxl_config).half().float().eval().requires_grad_(False)
 
 
 @pytest.fixture

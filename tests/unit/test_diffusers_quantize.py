@@ -23,27 +23,14 @@ from stepquant.quant.sqnr import sqnr_db
 
 diffusers = pytest.importorskip("diffusers", reason="the embedded engine needs diffusers (stepquant[demo])")
 
-TINY = {
-    "sample_size": 8,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (32, 64, 64),
-    "transformer_layers_per_block": (0, 1, 1),
-    "attention_head_dim": (1, 2, 2),
-    "cross_attention_dim": 48,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 64,
-}
 STATIC_CONV = "input_blocks.1.0.in_layers.2"
 
 
 @pytest.fixture(scope="module")
-def original():
+def original(tiny_sdxl_config):
     """A random UNet of SDXL's topology whose weights are exact in fp16, as a checkpoint's are."""
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(**TINY).half().float()
+    unet = diffusers.UNet2DConditionModel(**tiny_sdxl_config).half().float()
     return unet.eval().requires_grad_(False)
 
 
@@ -171,11 +158,11 @@ def test_save_then_load_gives_the_same_bits(original, unet, tmp_path, preset):
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_load_fills_a_unet_without_memory(original, unet, tmp_path):
+def test_load_fills_a_unet_without_memory(original, unet, tiny_sdxl_config, tmp_path):
     quantize_unet(unet, token_recipe(unet))
     save(unet, tmp_path / "q.safetensors")
     with torch.device("meta"):
-        empty = diffusers.UNet2DConditionModel(**TINY).eval()
+        empty = diffusers.UNet2DConditionModel(**tiny_sdxl_config).eval()
     assert torch.equal(ask(load(empty, tmp_path / "q.safetensors")), ask(unet))
 
 
@@ -188,10 +175,10 @@ def test_saved_file_uses_sdxl_names_and_sixteen_bit_where_exact(unet, tmp_path):
         assert file.get_tensor("model.diffusion_model.out.2.weight").dtype is torch.float16
 
 
-def test_load_refuses_a_file_of_another_model_and_changes_nothing(original, unet, tmp_path):
+def test_load_refuses_a_file_of_another_model_and_changes_nothing(original, unet, tiny_sdxl_config, tmp_path):
     quantize_unet(unet, token_recipe(unet))
     save(unet, tmp_path / "q.safetensors")
-    other = diffusers.UNet2DConditionModel(**{**TINY, "cross_attention_dim": 32}).eval()
+    other = diffusers.UNet2DConditionModel(**{**tiny_sdxl_config, "cross_attention_dim": 32}).eval()
     with pytest.raises(FormatError, match=r"attn2\.to_k\.weight: \(64, 48\) in the file, \(64, 32\) in the model"):
         load(other, tmp_path / "q.safetensors")
     assert not quantized_layers(other) and not other._forward_pre_hooks
