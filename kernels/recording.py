@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,35 @@ class NotRepeatableError(Exception):
     """The call did something that a plan cannot do again."""
 
 
+def launch_now(kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any]) -> Any:
+    """kernel[grid](*arguments, **constants), also where Triton refuses the tensors. Returns the compiled kernel."""
+    if torch.compiler.is_compiling() or not hides_addresses() or not torch.cuda.is_current_stream_capturing():
+        return kernel[grid](*arguments, **constants)
+    compiled, tensors = kernel.warmup(*arguments, grid=grid, **constants), []
+
+    def place(tensor: Tensor) -> tuple[int, int]:
+        tensors.append(tensor)
+        return len(tensors) - 1, 0
+
+    one, device = _Launch(compiled, grid, _in_order(kernel, arguments, constants), place), torch.cuda.current_device()
+    one(_stream_getter()(device), tensors, [tensor.data_ptr() for tensor in tensors])
+    return compiled
+
+
+@cache
+def hides_addresses() -> bool:
+    """Whether the driver does not know memory made while a CUDA graph is recorded, until the graph runs: cudaMallocAsync.
+
+    Triton's launcher asks the driver about each tensor, and fails. Such memory cannot be freed outside of the graph either:
+    a tensor of a recording that outlives it ends the process (torch 2.11).
+    """
+    return torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_allocator_backend() == "cudaMallocAsync"
+
+
+def _in_order(kernel: Any, arguments: tuple, constants: dict[str, Any]) -> list[Any]:
+    return [*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :])]
+
+
 class Recording:
     """What one call allocates and launches."""
 
@@ -25,12 +55,11 @@ class Recording:
         self._launches: list[_Launch] | None = []
 
     def launch(self, kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any]) -> None:
-        compiled = kernel[grid](*arguments, **constants)
+        compiled = launch_now(kernel, grid, arguments, constants)
         if self._launches is None:
             return
         try:
-            rest = kernel.arg_names[len(arguments) :]
-            self._launches.append(_Launch(compiled, grid, [*arguments, *(constants[name] for name in rest)], self._place))
+            self._launches.append(_Launch(compiled, grid, _in_order(kernel, arguments, constants), self._place))
         except (NotRepeatableError, AttributeError, KeyError):  # also what is no compiled kernel, such as the interpreter's
             self._launches = None
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .recording import PLAIN, NotRepeatableError, Plan, Recording
+from .recording import PLAIN, NotRepeatableError, Plan, Recording, launch_now
 
 # Kernels and tensor descriptors take addresses that are multiples of 16 bytes another way.
 ALIGNMENT_BITS = 15
@@ -53,7 +53,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """kernel[grid](*arguments, **constants) of a Triton kernel; all of its parameters must be given."""
     if (watcher := _watcher()) is None:
-        kernel[grid](*arguments, **constants)
+        launch_now(kernel, grid, arguments, constants)
     else:
         watcher.launch(kernel, grid, arguments, constants)
 

@@ -15,12 +15,13 @@ from ...quant.layers import is_quantizable
 from ...quant.mac_counter import MacCounter
 from ...quant.recipe import Recipe
 from ..acceleration import Acceleration
-from . import blocks, kv_cache, lora, saturation
+from . import blocks, kv_cache, lora, saturation, scale_lora
 from .attention import set_attention
 from .dense_saving import bind_dense_saving
 from .graph import UNetRunner, bind_runner
 from .ops import QuantizableOp
 from .saturation import SaturationGuard
+from .scale_bank import ScaleBank
 from .tap import TimestepTap
 
 CALLBACK_KEY = "stepquant"
@@ -33,8 +34,8 @@ class QuantizedState:
     base_model: {"name", "sha256"} of what was quantized. calibration: its summary.
     patches, backup: of the patcher that ComfyUI loaded last, kept for saving while it is loaded.
     patch_version: rises whenever a low-rank branch changes. hooks_reason: set while hooks change weights.
-    kv_cache: of the cross-attention layers, None without fused blocks. runner: None if acceleration is off.
-    saturation: None while the model is attached.
+    kv_cache: of the cross-attention layers. scope: what a call's blocks share. Both None without fused blocks.
+    runner: None if acceleration is off. saturation: None while the model is attached. scales: None without scale LoRAs.
     """
 
     recipe: Recipe
@@ -47,8 +48,10 @@ class QuantizedState:
     patch_version: int = 0
     hooks_reason: str | None = None
     kv_cache: Any = None
+    scope: Any = None
     runner: UNetRunner | None = None
     saturation: SaturationGuard | None = None
+    scales: ScaleBank | None = None
 
     def weights_moved(self) -> None:
         if self.runner is not None:
@@ -111,6 +114,7 @@ def attach(
 
 def _on_pre_run(patcher: ModelPatcher) -> None:
     lora.reconcile(patcher)
+    scale_lora.reconcile(patcher)
     patcher.model.stepquant.saturation.begin_run()
 
 

@@ -26,7 +26,7 @@ from ...kernels import dispatch
 from ..acceleration import Acceleration
 from .graph_capture import CudaRecorder, Recording, is_capturing
 from .graph_inputs import StaticInputs, UNetCall
-from .graph_limits import ForeignCode, unsuitable
+from .graph_limits import ForeignCode, foreign_attention, unsuitable
 from .guard import Unowned
 from .ops import QuantizableOp
 from .residency import Residency
@@ -201,7 +201,7 @@ class UNetRunner:
     def _unsuitable(self, call: UNetCall) -> str | None:
         if self._state.acceleration is not Acceleration.AUTO:
             return f"acceleration is set to {self._state.acceleration.value}"
-        reason = self._blocked or unsuitable(call) or self._foreign.present()
+        reason = self._blocked or unsuitable(call) or self._foreign.present() or foreign_attention()
         if reason is None and self._recorder_device != call.x.device:
             recorder = self._make_recorder(call.x.device)
             if isinstance(recorder, str):
@@ -229,7 +229,7 @@ class UNetRunner:
         try:
             with torch.inference_mode(False):
                 output = torch.empty_like(self._seen[key], device=call.x.device)
-            recording = self._recorder.record(lambda: self._inner_call(static), output)
+            recording = self._recorder.record(lambda: self._recorded_call(static), output)
         except Exception as error:
             if comfy.model_management.is_oom(error):
                 raise
@@ -238,8 +238,18 @@ class UNetRunner:
             self._note(self._blocked)
             self._recorder = self._recorder_device = None  # its stream may still be in the middle of a recording
             return False
-        self._graphs[key] = _Graph(inputs, recording, (*self._state.tap.tensors(), *self._state.saturation.tensors()))
+        self._graphs[key] = _Graph(inputs, recording, (*self._state.tap.tensors(), *self._state.saturation.tensors(), *self._scales()))
         return True
+
+    def _scales(self) -> tuple[Tensor, ...]:
+        return () if self._state.scales is None else self._state.scales.tensors()
+
+    def _recorded_call(self, static: UNetCall) -> Tensor:
+        try:
+            return self._inner_call(static)
+        finally:
+            if self._state.scope is not None:
+                self._state.scope.forget()  # its tensors are the recording's
 
     def _remember(self, key: Hashable, output: Tensor) -> None:
         self._seen[key] = torch.empty_like(output, device="meta")
@@ -271,10 +281,6 @@ def make_recorder(device: torch.device) -> CudaRecorder | str:
         return "CUDA graphs need an NVIDIA GPU"
     if getattr(args, "disable_cuda_graphs", False):
         return "ComfyUI was started with --disable-cuda-graphs"
-    if torch.cuda.get_allocator_backend() == "cudaMallocAsync":
-        # The driver does not know what is allocated in a recording before it runs, so Triton refuses it; and such memory
-        # cannot be freed after the failure: torch 2.11 ends the process.
-        return "the cudaMallocAsync allocator is in use; start ComfyUI with --disable-cuda-malloc to have graphs"
     return CudaRecorder(device)
 
 

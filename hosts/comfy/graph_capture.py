@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from ...kernels.recording import hides_addresses
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -51,11 +54,21 @@ class CudaRecorder:
         return output.clone()
 
     def record(self, work: Callable[[], Tensor], output: Tensor) -> Recording:
-        """Record the work without running it. Raises what CUDA raises if it cannot be recorded.
+        """Record the work. Raises what CUDA raises if it cannot be recorded, and what the work raises.
 
         Args: output: where the graph leaves its result; from outside, so that nothing the graph allocates outlives it:
             cudaMallocAsync cannot free that once the graph is gone.
         """
+        if not hides_addresses():
+            return self._record(work, output)
+        self.warm_up(work)  # what fails, fails here: in a recording it costs memory
+        try:
+            return self._record(work, output)
+        except Exception as error:
+            _keep_forever(error)
+            raise
+
+    def _record(self, work: Callable[[], Tensor], output: Tensor) -> Recording:
         graph = torch.cuda.CUDAGraph()
         # thread_local, as ComfyUI's own graphs: another thread may be loading a model.
         with (
@@ -64,3 +77,8 @@ class CudaRecorder:
         ):
             output.copy_(work())
         return Recording(graph, output)
+
+
+def _keep_forever(error: Exception) -> None:
+    """Its frames hold tensors of the failed recording, which cudaMallocAsync cannot free: even at exit that aborts the process."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(error))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
+from comfy.ldm.modules import attention
 from torch import Tensor, nn
+from torch.nn import functional
 
+from ...kernels.recording import hides_addresses
 from .graph_inputs import NAMES, UNetCall
 from .kv_cache import OPTION
 
@@ -38,6 +42,17 @@ def unsuitable(call: UNetCall) -> str | None:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "gradients are wanted"
     return None
+
+
+def foreign_attention() -> str | None:
+    """Why another pack's attention keeps a call from being recorded; None if it does not."""
+    stock = attention.optimized_attention is attention.attention_pytorch and isinstance(
+        functional.scaled_dot_product_attention, BuiltinFunctionType
+    )
+    if stock or not hides_addresses():
+        return None
+    # Its Triton kernels would fail in a recording under cudaMallocAsync, which ends the process.
+    return "attention is not PyTorch's own; start ComfyUI with --disable-cuda-malloc to have graphs with it"
 
 
 def _has_content(value: Any) -> bool:

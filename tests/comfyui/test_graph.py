@@ -9,9 +9,11 @@ import comfy_extras.nodes_model_advanced as advanced
 import pytest
 import tiny_sdxl
 import torch
+from comfy.ldm.modules import attention
 from fake_graph import use_fake_graphs
 
 from stepquant.hosts.acceleration import Acceleration
+from stepquant.hosts.comfy import graph_limits
 from stepquant.hosts.comfy.attach import counting_macs, state_of
 from stepquant.hosts.comfy.graph import LARGEST_NUMBER_OF_GRAPHS, describe_runners
 from stepquant.hosts.comfy.graph_capture import Recording
@@ -202,6 +204,32 @@ def test_failed_recording_runs_eagerly_and_is_not_tried_at_every_step(quantized,
     assert torch.equal(sample(quantized, steps=STEPS), sample(plain, steps=STEPS))
     assert recorder.warm_ups == 1
     assert "not permitted" in state_of(quantized).runner.last_reason
+
+
+def test_attention_of_another_pack_runs_eagerly_under_cuda_malloc_async(quantized, plain, sample, monkeypatch):
+    recorder = use_fake_graphs(quantized)
+    monkeypatch.setattr(graph_limits, "hides_addresses", lambda: True)
+    sample(quantized, steps=STEPS)
+    assert len(recorder.recordings) == 1
+    monkeypatch.setattr(attention, "optimized_attention", attention.attention_basic)
+    assert torch.equal(sample(quantized, steps=STEPS), sample(plain, steps=STEPS))
+    runner = state_of(quantized).runner
+    assert "attention" in runner.last_reason and "--disable-cuda-malloc" in runner.last_reason and runner.replays == STEPS - 1
+
+
+def test_nothing_computed_in_a_recording_outlives_it(quantized, sample):
+    """cudaMallocAsync cannot free a recording's memory later."""
+    recorder, scope, seen = use_fake_graphs(quantized), state_of(quantized).scope, []
+    record = recorder.record
+
+    def watched(work, output):
+        work()
+        seen.append((scope._embedding, scope._activated))
+        return record(work, output)
+
+    recorder.record = watched
+    sample(quantized, steps=STEPS)
+    assert seen == [(None, None)]
 
 
 def test_running_out_of_memory_frees_the_graphs_and_goes_on(quantized, plain, sample):

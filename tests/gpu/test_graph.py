@@ -1,5 +1,10 @@
 """Real CUDA graphs through the recorder that the UNet's runner uses: fresh inputs and weights are seen, results are kept apart."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -82,3 +87,11 @@ def test_work_that_waits_for_the_gpu_cannot_be_recorded_and_does_no_harm(recorde
     recording = other.record(work, torch.empty_like(work()))
     x.copy_(torch.randn_like(x))
     assert _close(recording.replay(), work())
+
+
+def test_kernels_are_recorded_under_cuda_malloc_async_and_a_failure_is_survived():
+    """Another process: the allocator is chosen when CUDA starts."""
+    environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}
+    script = Path(__file__).with_name("async_allocator.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "all is well" in done.stdout, done.stdout + done.stderr[-2000:]

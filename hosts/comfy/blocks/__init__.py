@@ -22,13 +22,13 @@ __all__ = ["bind"]
 
 
 def bind(unet: nn.Module, state: Any) -> None:
-    """Bind the fused forwards, and give the model's QuantizedState its K/V cache.
+    """Bind the fused forwards, and give the model's QuantizedState its K/V cache and its CallScope.
 
     The layers must have their codes, names and schemes: these decide what can be fused. Copies made with deepcopy get
     forwards of their own.
     """
     scope, cache = CallScope(state.tap), CrossAttentionCache(unet)
-    state.kv_cache = cache
+    state.kv_cache, state.scope = cache, scope
     # Inner modules first: an outer block remembers which forwards it found below itself.
     for name, module in reversed(list(unet.named_modules())):
         if "forward" in module.__dict__:  # another pack's

@@ -26,6 +26,10 @@ class CallScope:
 
     def close(self) -> None:
         self.cudnn_first = self._shares_embedding = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the tensors computed so far."""
         self._embedding: Tensor | None = None
         self._activated: Tensor | None = None
 
