@@ -120,7 +120,7 @@ def measure_foreign(table: Table, gpu: Gpu, mode: str, patcher: Any, call: Calla
     else:
         sqnr = table.sqnr(output)
     step_ms = gpu.median_ms(call)
-    cold = first_s if "compile" in mode else None
+    cold = first_s if "compile" in mode or "SDNQ" in mode else None
     table.add(mode, False, step_ms=step_ms, **gpu.peak(), cold_start_s=cold, sqnr_db=sqnr)
     del output
     if gpu.is_cuda:
@@ -155,6 +155,12 @@ def measure_shipped(table: Table, gpu: Gpu, source: Path, inputs: Any, arguments
         patcher = load(speed_models.load_kitchen(source, gpu.device))
         measure_foreign(table, gpu, "comfy-kitchen int8 Linears", patcher, inputs.on(patcher))
         del patcher
+    for convs in (False, True) if arguments.sdnq else ():
+        mode = f"SDNQ int8 Linears{' and convolutions' if convs else ''}"
+        with table.attempt(mode):
+            patcher = speed_models.load_sdnq(source, gpu.device, convs)
+            measure_foreign(table, gpu, mode, patcher, inputs.on(patcher))
+            del patcher
     gc.collect()
     return fp16
 
@@ -252,7 +258,7 @@ def facts_of(gpu: Gpu, arguments: argparse.Namespace) -> dict[str, object]:
     import torch
 
     versions = {}
-    for package in ("triton", "comfy-kitchen", "comfy-aimdo"):
+    for package in ("triton", "comfy-kitchen", "comfy-aimdo", "sdnq"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -267,6 +273,7 @@ def facts_of(gpu: Gpu, arguments: argparse.Namespace) -> dict[str, object]:
         "triton": versions["triton"],
         "comfy_kitchen": versions["comfy-kitchen"],
         "comfy_aimdo": versions["comfy-aimdo"],
+        "sdnq": versions["sdnq"],
         "commit": os.environ.get("STEPQUANT_COMMIT"),
         "command": arguments.command,
     }
@@ -282,6 +289,7 @@ def parse(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--no-session", action="store_true", help="without the two pictures through ComfyUI's sampler")
     parser.add_argument("--profile", action="store_true", help="also where the GPU time of our rows goes, by groups of kernels")
     parser.add_argument("--compile", action="store_true", help="also torch.compile, which takes minutes to start")
+    parser.add_argument("--sdnq", action="store_true", help="also SDNQ (pip install sdnq), which takes minutes to start")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the tests' small model, to try this script")
     return parser.parse_args(given)

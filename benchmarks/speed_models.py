@@ -113,6 +113,18 @@ def load_kitchen(source: Path, device: str) -> Any:
     return comfy.sd.load_diffusion_model_state_dict(tensors)
 
 
+def load_sdnq(source: Path, device: str, convs: bool) -> Any:
+    """SDNQ (PyPI `sdnq`) in int8 with its integer products: all Linears, with `convs` the convolutions too."""
+    from sdnq import sdnq_post_load_quant
+
+    patcher = load_fp16(source)
+    unet = patcher.model.diffusion_model.to(device)
+    patcher.model.diffusion_model = sdnq_post_load_quant(
+        unet, weights_dtype="int8", use_quantized_matmul=True, quant_conv=convs, use_quantized_matmul_conv=convs, add_skip_keys=False
+    )
+    return patcher
+
+
 def conditioning(size: Size, seed: int) -> list:
     """A ComfyUI conditioning of random values."""
     import torch

@@ -70,7 +70,7 @@ class Table:
         say(f"  [{mode}: {time.time() - start:.1f} s, {self.seconds_left:.0f} s left]")
 
     def print_all(self) -> None:
-        say(f"\n{'mode':<34}{'':<7}{'ms':>9}{'peak GiB':>10}{'cold s':>8}{'SQNR dB':>9}{'int MACs':>10}")
+        say(f"\n{'mode':<36}{'':<7}{'ms':>9}{'peak GiB':>10}{'cold s':>8}{'SQNR dB':>9}{'int MACs':>10}")
         for row in self.rows:
             say(self._line(row))
 
@@ -81,6 +81,6 @@ class Table:
 
         kind = "" if row["kind"] == "unet step" else row["kind"] + ": "
         figures = cell("step_ms", 9, ".2f") + cell("peak_gib", 10, ".2f") + cell("cold_start_s", 8, ".1f")
-        return f"{kind + row['mode']:<34}{'graph' if row['graph'] else 'eager':<7}{figures}{cell('sqnr_db', 9, '.1f')}" + cell(
+        return f"{kind + row['mode']:<36}{'graph' if row['graph'] else 'eager':<7}{figures}{cell('sqnr_db', 9, '.1f')}" + cell(
             "integer_mac_share", 10, ".3f"
         )
