@@ -23,7 +23,7 @@ def operation_name(product: SdxlProduct, dtype: str) -> str:
     if product.op == "upsample2x":
         return "int8_upsample_conv2d"
     if product.op == "geglu":
-        return "int8_geglu_gemm"
+        return f"{dtype}_geglu_gemm"
     return f"{dtype}_{'gemm' if product.op == 'gemm' else 'conv2d'}"
 
 

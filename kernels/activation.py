@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ..errors import LayoutError
 
-CODE_DTYPES = (torch.int8, torch.float8_e4m3fn)
+FP8 = torch.float8_e4m3fn
+LARGEST_CODE = {torch.int8: 127, FP8: 448}  # of symmetric codes
+CODE_DTYPES = tuple(LARGEST_CODE)
 
 
 @dataclass(frozen=True)

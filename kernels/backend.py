@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 OVERRIDE = "STEPQUANT_BACKEND"
 # int8 tensor-core products need Ampere; Triton's int8 dot does not compile for Turing (tested with 3.6, 3.7 and 3.9).
 MIN_TRITON_SM = 80
+# Tensor cores take fp8 from Ada on; Triton refuses to compile it for older GPUs.
+FP8_MIN_SM = 89
 
 
 class Backend(str, Enum):
@@ -43,6 +45,7 @@ class BackendChoice:
 
 
 _choices: dict[torch.device, BackendChoice] = {}
+_fp8_choices: dict[torch.device, BackendChoice] = {}
 
 
 def choose_backend(device: torch.device | str) -> BackendChoice:
@@ -61,9 +64,33 @@ def choose_backend(device: torch.device | str) -> BackendChoice:
     return choice if choice is not None else _choose_and_report(device)
 
 
+def choose_fp8_backend(device: torch.device | str) -> BackendChoice:
+    """The same for operations on fp8 codes, which fewer GPUs have."""
+    choice = _fp8_choices.get(device) or _fp8_choices.get(torch.device(device))
+    if choice is None:
+        choice, device = choose_backend(device), torch.device(device)
+        if device.type == "cuda" and not os.environ.get(OVERRIDE, "").strip():
+            choice = _with_fp8(device, choice)
+        _fp8_choices[device] = choice
+    return choice
+
+
+def _with_fp8(device: torch.device, choice: BackendChoice) -> BackendChoice:
+    if choice.backend is not Backend.TRITON:
+        return BackendChoice(Backend.DEQUANTIZED, f"{choice.reason}; fp8 weights become floats first", choice.remedy)
+    major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip or major * 10 + minor >= FP8_MIN_SM:
+        return choice
+    reason = f"{torch.cuda.get_device_name(device)} is sm_{major}{minor} and fp8 products need sm_{FP8_MIN_SM}; memory is saved but no time"
+    remedy = "Quantize the model with w8a8-token, whose int8 products this GPU has."
+    logger.warning("StepQuant on %s: fp8 layers run dequantized, %s. %s", device, reason, remedy)
+    return BackendChoice(Backend.DEQUANTIZED, reason, remedy)
+
+
 def forget_choices() -> None:
     """Choose anew at the next call, after the environment has changed."""
     _choices.clear()
+    _fp8_choices.clear()
     forget_plans()
 
 

@@ -11,13 +11,14 @@ from torch.nn.functional import conv2d, linear
 from .activation import QuantizedActivation
 from .finish import Finish, as_images, image_addend
 from .fp8_conv2d import check_fp8_conv
+from .fp8_geglu_gemm import check_fp8_geglu_gemm, fp8_codes_of
 from .fp8_gemm import check_fp8_gemm
+from .fp8_gemm_many import checked_fp8_weights
 from .int8_conv2d import check_conv
-from .int8_geglu_gemm import check_geglu_gemm, geglu
+from .int8_geglu_gemm import check_geglu_gemm, geglu, static_codes
 from .int8_gemm import check_gemm
 from .int8_gemm_many import checked_weights
 from .int8_upsample_conv2d import PhaseWeight, check_upsample
-from .quantize_static import quantize_static_ref
 from .static_scale import StaticScale
 
 
@@ -55,11 +56,12 @@ def dequantized_geglu_gemm(
     out_dtype: torch.dtype = torch.float16,
     *,
     static: StaticScale | None = None,
+    codes: torch.dtype = torch.int8,
 ) -> Tensor | QuantizedActivation:
     """int8_geglu_gemm_ref's result up to the rounding of `out_dtype`; same arguments, same errors."""
-    check_geglu_gemm(activation, qweight, weight_scale, weight_sum, bias, static)
+    check_geglu_gemm(activation, qweight, weight_scale, weight_sum, bias, static, codes)
     y = geglu(_linear("int8_geglu_gemm", activation, None, qweight, weight_scale, bias, out_dtype, Finish()))
-    return y.to(out_dtype) if static is None else quantize_static_ref(y, static.scale, static.zero_point, static.bucket, static.clipped)
+    return y.to(out_dtype) if static is None else static_codes(y, static, codes)
 
 
 def dequantized_fp8_gemm(
@@ -75,6 +77,28 @@ def dequantized_fp8_gemm(
     """fp8_gemm_ref's result up to the rounding of `out_dtype`; same arguments, same errors."""
     check_fp8_gemm(activation, qweight, weight_scale, bias, second)
     return _linear("fp8_gemm", activation, second, qweight, weight_scale, bias, out_dtype, Finish(addend))
+
+
+def dequantized_fp8_gemm_many(
+    activation: QuantizedActivation, weights: Sequence[Sequence[Tensor | None]], out_dtype: torch.dtype = torch.float16
+) -> list[Tensor]:
+    """fp8_gemm_many_ref's results up to the rounding of `out_dtype`; same arguments, same errors."""
+    layers = checked_fp8_weights(activation, weights)
+    return [dequantized_fp8_gemm(activation, layer.qweight, layer.weight_scale, layer.bias, out_dtype) for layer in layers]
+
+
+def dequantized_fp8_geglu_gemm(
+    activation: QuantizedActivation,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float16,
+    *,
+    static: StaticScale | None = None,
+) -> QuantizedActivation:
+    """fp8_geglu_gemm_ref's result up to the rounding of `dtype`; same arguments, same errors."""
+    check_fp8_geglu_gemm(activation, qweight, weight_scale, bias, static)
+    return fp8_codes_of(geglu(_linear("fp8_geglu_gemm", activation, None, qweight, weight_scale, bias, dtype, Finish())), static)
 
 
 def _linear(

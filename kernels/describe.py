@@ -9,6 +9,7 @@ import torch
 
 from .backend import Backend, choose_backend, triton_version
 from .dispatch import OPERATIONS
+from .tables import compute_type
 
 
 def describe() -> dict[str, Any]:
@@ -35,6 +36,7 @@ def _describe_device(device: torch.device) -> dict[str, Any]:
         report.update(name=properties.name, memory_gib=round(properties.total_memory / 2**30, 1))
         report["sm"] = None if torch.version.hip else properties.major * 10 + properties.minor
     report.update(backend=choice.backend.value, reason=choice.reason, remedy=choice.remedy)
+    report["fastest"] = compute_type(report["sm"]) if report["sm"] and choice.backend is Backend.TRITON else "int8"
     # Quantizing has no dequantized form: it is plain torch there.
     plain = Backend.REFERENCE if choice.backend is Backend.DEQUANTIZED else choice.backend
     report["operations"] = {name: (plain if "quantize" in name else choice.backend).value for name in OPERATIONS}

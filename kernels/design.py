@@ -11,7 +11,7 @@ from ..errors import FormatError
 BOXES = {64: (8, 8), 128: (8, 16), 256: (16, 16)}
 # A convolution computes at most this many times its output pixels in boxes, else pixels are taken in order.
 MAX_BOX_WASTE = 1.15
-TRITON, SCALED_MM = "triton", "scaled_mm"
+TRITON, SCALED_MM, EXPANDED = BACKENDS = "triton", "scaled_mm", "expanded"
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Design:
     group_m: this many rows of tiles run together, so that their weight tiles are still in L2.
     tma: operands come through tensor descriptors (sm_90 and newer). split_k: programs per tile, each a part of K.
     persistent: as many programs as multiprocessors, each takes tile after tile.
-    backend: "triton", or "scaled_mm" for torch._scaled_mm (fp8 GEMM only; sizes are then meaningless).
+    backend: "triton", or "scaled_mm" for torch._scaled_mm (fp8 GEMM only), or "expanded" (4-bit weights only): their int8 codes are
+        written out first, and the product is int8_gemm's, by its own table. With either the sizes are meaningless.
     Raises: FormatError if the parts contradict each other.
     """
 
@@ -42,9 +43,9 @@ class Design:
         sizes = (self.BLOCK_M, self.BLOCK_N, self.BLOCK_K, self.num_warps)
         powers = all(isinstance(size, int) and size > 0 and size & (size - 1) == 0 for size in sizes)
         counts = all(isinstance(count, int) and count > 0 for count in (self.num_stages, self.group_m, self.split_k))
-        if not powers or not counts or self.backend not in (TRITON, SCALED_MM) or (self.persistent and self.split_k > 1):
+        if not powers or not counts or self.backend not in BACKENDS or (self.persistent and self.split_k > 1):
             raise FormatError(
-                f"kernel design {self}: sizes and warps must be powers of two, counts positive, backend triton or scaled_mm, "
+                f"kernel design {self}: sizes and warps must be powers of two, counts positive, backend one of {', '.join(BACKENDS)}, "
                 "and a persistent design not split. Correct the table, or delete it to use the defaults."
             )
 

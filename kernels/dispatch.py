@@ -9,48 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activation import QuantizedActivation
-from .backend import Backend, BackendChoice, choose_backend, forget_choices
+from .activation import FP8, QuantizedActivation
+from .backend import Backend, BackendChoice, choose_backend, choose_fp8_backend, forget_choices
 from .channel_group import ChannelGroups, channel_groups, shifted_codes
-from .channel_group_conv2d import channel_group_conv2d_ref, grouped_border_sums
-from .channel_group_dequantized import dequantized_channel_group_conv2d, dequantized_channel_group_gemm
-from .channel_group_gemm import channel_group_gemm_ref
-from .dequantized import (
-    dequantized_conv2d,
-    dequantized_fp8_conv2d,
-    dequantized_fp8_gemm,
-    dequantized_geglu_gemm,
-    dequantized_gemm,
-    dequantized_gemm_many,
-    dequantized_upsample_conv2d,
-)
-from .fp8_conv2d import fp8_conv2d_ref
-from .fp8_gemm import fp8_gemm_ref
-from .geglu_quantize import geglu_quantize_ref
-from .group_norm_silu import group_norm_silu_ref
-from .group_norm_silu_quantize import DynamicScale, group_norm_silu_quantize_ref
-from .int4_gemm import dequantized_int4_gemm, int4_gemm_ref
+from .channel_group_conv2d import grouped_border_sums
+from .group_norm_silu_quantize import DynamicScale
+from .implementations import DEQUANTIZED, REFERENCE
+from .int4_gemm_many import Int4LinearWeight
 from .int4_weight import expanded_codes, paired_scales
-from .int8_conv2d import border_sums, int8_conv2d_ref
-from .int8_geglu_gemm import int8_geglu_gemm_ref
-from .int8_gemm import int8_gemm_ref
-from .int8_gemm_many import LinearWeight, int8_gemm_many_ref
-from .int8_upsample_conv2d import PhaseWeight, int8_upsample_conv2d_ref, phase_weight
-from .layer_norm_quantize import layer_norm_quantize_ref
-from .log2_attention import int8_attention_ref, log2_attention_ref
-from .quantize_channel_group import quantize_channel_group_ref
-from .quantize_image import quantize_image_ref
-from .quantize_static import quantize_static_ref
-from .quantize_token import quantize_token_ref
+from .int8_conv2d import border_sums
+from .int8_gemm_many import LinearWeight
+from .int8_upsample_conv2d import PhaseWeight, phase_weight
 from .repeat import Kept, Repeated
 from .static_scale import StaticScale
 
 __all__ = [
+    "FP8",
     "OPERATIONS",
     "Backend",
     "BackendChoice",
     "ChannelGroups",
     "DynamicScale",
+    "Int4LinearWeight",
     "Kept",
     "LinearWeight",
     "PhaseWeight",
@@ -62,21 +42,29 @@ __all__ = [
     "channel_group_gemm",
     "channel_groups",
     "choose_backend",
+    "choose_fp8_backend",
     "compile_ahead",
     "expanded_codes",
+    "expands_int4",
     "forget_choices",
     "fp8_conv2d",
+    "fp8_geglu_gemm",
     "fp8_gemm",
+    "fp8_gemm_many",
     "geglu_quantize",
     "group_norm_silu",
     "group_norm_silu_quantize",
     "grouped_border_sums",
+    "int4_expand",
+    "int4_geglu_gemm",
     "int4_gemm",
+    "int4_gemm_many",
     "int8_attention",
     "int8_conv2d",
     "int8_geglu_gemm",
     "int8_gemm",
     "int8_gemm_many",
+    "int8_pixel_conv2d",
     "int8_upsample_conv2d",
     "layer_norm_quantize",
     "log2_attention",
@@ -84,55 +72,23 @@ __all__ = [
     "phase_weight",
     "quantize_channel_group",
     "quantize_image",
+    "quantize_joined",
+    "quantize_pixel",
     "quantize_static",
     "quantize_token",
     "shifted_codes",
 ]
 
-_REFERENCE: dict[str, Callable[..., Any]] = {
-    "quantize_token": quantize_token_ref,
-    "quantize_image": quantize_image_ref,
-    "quantize_static": quantize_static_ref,
-    "quantize_channel_group": quantize_channel_group_ref,
-    "layer_norm_quantize": layer_norm_quantize_ref,
-    "group_norm_silu": group_norm_silu_ref,
-    "group_norm_silu_quantize": group_norm_silu_quantize_ref,
-    "geglu_quantize": geglu_quantize_ref,
-    "int4_gemm": int4_gemm_ref,
-    "int8_gemm": int8_gemm_ref,
-    "int8_gemm_many": int8_gemm_many_ref,
-    "int8_geglu_gemm": int8_geglu_gemm_ref,
-    "int8_conv2d": int8_conv2d_ref,
-    "int8_upsample_conv2d": int8_upsample_conv2d_ref,
-    "channel_group_gemm": channel_group_gemm_ref,
-    "channel_group_conv2d": channel_group_conv2d_ref,
-    "log2_attention": log2_attention_ref,
-    "int8_attention": int8_attention_ref,
-    "fp8_gemm": fp8_gemm_ref,
-    "fp8_conv2d": fp8_conv2d_ref,
-}
-_DEQUANTIZED = {
-    **_REFERENCE,
-    "int4_gemm": dequantized_int4_gemm,
-    "int8_gemm": dequantized_gemm,
-    "int8_gemm_many": dequantized_gemm_many,
-    "int8_geglu_gemm": dequantized_geglu_gemm,
-    "int8_conv2d": dequantized_conv2d,
-    "int8_upsample_conv2d": dequantized_upsample_conv2d,
-    "channel_group_gemm": dequantized_channel_group_gemm,
-    "channel_group_conv2d": dequantized_channel_group_conv2d,
-    "fp8_gemm": dequantized_fp8_gemm,
-    "fp8_conv2d": dequantized_fp8_conv2d,
-}
-OPERATIONS = tuple(_REFERENCE)
+OPERATIONS = tuple(REFERENCE)
 _triton: dict[str, Callable[..., Any]] = {}
 
 
-def _implementation(operation: str, device: torch.device) -> Callable[..., Any]:
-    backend = choose_backend(device).backend
+def _implementation(operation: str, device: torch.device, codes: torch.dtype = torch.int8) -> Callable[..., Any]:
+    """codes: which of them the operation makes or takes."""
+    backend = (choose_fp8_backend(device) if codes is FP8 else choose_backend(device)).backend
     if backend is Backend.TRITON:
         return _triton.get(operation) or _import_kernel(operation)
-    return (_REFERENCE if backend is Backend.REFERENCE else _DEQUANTIZED)[operation]
+    return (REFERENCE if backend is Backend.REFERENCE else DEQUANTIZED)[operation]
 
 
 def _import_kernel(operation: str) -> Callable[..., Any]:
@@ -142,14 +98,19 @@ def _import_kernel(operation: str) -> Callable[..., Any]:
     return _triton[operation]
 
 
-def quantize_token(x: Tensor) -> QuantizedActivation:
-    """One symmetric scale per row of x (M, K); see quantize_token_ref."""
-    return _implementation("quantize_token", x.device)(x)
+def quantize_token(x: Tensor, dtype: torch.dtype = torch.int8) -> QuantizedActivation:
+    """One symmetric scale per row of x (M, K), codes of dtype; see quantize_token_ref."""
+    return _implementation("quantize_token", x.device, dtype)(x, dtype)
 
 
-def quantize_image(x: Tensor) -> QuantizedActivation:
-    """One symmetric scale per image of x (B, C, H, W), NHWC codes; see quantize_image_ref."""
-    return _implementation("quantize_image", x.device)(x)
+def quantize_image(x: Tensor, low: float | None = None, dtype: torch.dtype = torch.int8) -> QuantizedActivation:
+    """One scale per image of x (B, C, H, W), symmetric or of [low, largest], NHWC codes of dtype; see quantize_image_ref."""
+    return _implementation("quantize_image", x.device, dtype)(x, low, dtype)
+
+
+def quantize_pixel(x: Tensor, low: float | None = None) -> QuantizedActivation:
+    """One scale per pixel of x (B, C, H, W), symmetric or of [low, largest], NHWC codes; see quantize_pixel_ref."""
+    return _implementation("quantize_pixel", x.device)(x, low)
 
 
 def quantize_static(
@@ -164,11 +125,24 @@ def quantize_channel_group(x: Tensor, groups: ChannelGroups, static: StaticScale
     return _implementation("quantize_channel_group", x.device)(x, groups, static)
 
 
+def quantize_joined(
+    first: Tensor, second: Tensor, static: StaticScale | None = None, dtype: torch.dtype = torch.int8
+) -> QuantizedActivation:
+    """The pixels of two images (B, C_i, H, W), joined along the channels, as codes (B * H * W, C); see quantize_joined_ref."""
+    return _implementation("quantize_joined", first.device, dtype)(first, second, static, dtype)
+
+
 def layer_norm_quantize(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, static: StaticScale | None = None, keep_float: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    static: StaticScale | None = None,
+    keep_float: bool = False,
+    dtype: torch.dtype = torch.int8,
 ) -> tuple[QuantizedActivation, Tensor | None]:
-    """LayerNorm of x (M, K) as codes, and as floats if asked for; see layer_norm_quantize_ref."""
-    return _implementation("layer_norm_quantize", x.device)(x, weight, bias, eps, static, keep_float)
+    """LayerNorm of x (M, K) as codes of dtype, and as floats if asked for; see layer_norm_quantize_ref."""
+    return _implementation("layer_norm_quantize", x.device, dtype)(x, weight, bias, eps, static, keep_float, dtype)
 
 
 def group_norm_silu_quantize(
@@ -180,10 +154,11 @@ def group_norm_silu_quantize(
     static: Sequence[StaticScale] = (),
     dynamic: DynamicScale = DynamicScale.IMAGE,
     joined: bool = True,
+    dtype: torch.dtype = torch.int8,
 ) -> list[QuantizedActivation]:
-    """GroupNorm and SiLU of 1 or 2 tensors (B, C_i, H, W) as NHWC codes; see group_norm_silu_quantize_ref."""
-    implementation = _implementation("group_norm_silu_quantize", weight.device)
-    return implementation(segments, weight, bias, eps, silu, static, dynamic, joined)
+    """GroupNorm and SiLU of 1 or 2 tensors (B, C_i, H, W) as NHWC codes of dtype; see group_norm_silu_quantize_ref."""
+    implementation = _implementation("group_norm_silu_quantize", weight.device, dtype)
+    return implementation(segments, weight, bias, eps, silu, static, dynamic, joined, dtype)
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -191,9 +166,9 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) 
     return _implementation("group_norm_silu", x.device)(x, weight, bias, eps)
 
 
-def geglu_quantize(x: Tensor, static: StaticScale | None = None) -> QuantizedActivation:
-    """GEGLU of x (M, 2N) as codes (M, N); see geglu_quantize_ref."""
-    return _implementation("geglu_quantize", x.device)(x, static)
+def geglu_quantize(x: Tensor, static: StaticScale | None = None, dtype: torch.dtype = torch.int8) -> QuantizedActivation:
+    """GEGLU of x (M, 2N) as codes (M, N) of dtype; see geglu_quantize_ref."""
+    return _implementation("geglu_quantize", x.device, dtype)(x, static, dtype)
 
 
 def int8_gemm(
@@ -234,6 +209,42 @@ def int4_gemm(
     return _implementation("int4_gemm", qweight.device)(*operands, **extras)
 
 
+def int4_expand(qweights: Sequence[Tensor], group_scales: Sequence[Tensor], K: int) -> list[Tensor]:
+    """Up to six packed weights of a shape as int8 codes (N, K) each; see int4_expand_ref."""
+    return _implementation("int4_expand", qweights[0].device)(qweights, group_scales, K)
+
+
+def expands_int4(rows: int, device: torch.device) -> bool:
+    """Whether products of so many rows with 4-bit weights write these out as int8 codes first: then several may be at once."""
+    if device.type != "cuda" or choose_backend(device).backend is not Backend.TRITON:
+        return False
+    kernels = importlib.import_module(".triton_ops.int4_expand", __package__)
+    return kernels.expands(rows, kernels.compute_capability(device))
+
+
+def int4_gemm_many(
+    activation: QuantizedActivation, weights: Sequence[Sequence[Tensor | None]], out_dtype: torch.dtype = torch.float16
+) -> list[Tensor]:
+    """Up to three Linear layers with 4-bit weights of one activation -> (M, N) out_dtype each; see int4_gemm_many_ref."""
+    return _implementation("int4_gemm_many", activation.codes.device)(activation, weights, out_dtype)
+
+
+def int4_geglu_gemm(
+    activation: QuantizedActivation,
+    qweight: Tensor,
+    group_scale: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+    *,
+    static: StaticScale | None = None,
+) -> Tensor | QuantizedActivation:
+    """Linear layer with 4-bit weights and GEGLU on int8 codes -> (M, N) out_dtype, or codes; see int4_geglu_gemm_ref."""
+    implementation = _implementation("int4_geglu_gemm", activation.codes.device)
+    return implementation(activation, qweight, group_scale, weight_scale, weight_sum, bias, out_dtype, static=static)
+
+
 def int8_gemm_many(
     activation: QuantizedActivation, weights: Sequence[Sequence[Tensor | None]], out_dtype: torch.dtype = torch.float16
 ) -> list[Tensor]:
@@ -250,10 +261,11 @@ def int8_geglu_gemm(
     out_dtype: torch.dtype = torch.float16,
     *,
     static: StaticScale | None = None,
+    codes: torch.dtype = torch.int8,
 ) -> Tensor | QuantizedActivation:
     """Linear layer and GEGLU on int8 codes -> (M, N) out_dtype, or codes, of a weight (2N, K); see int8_geglu_gemm_ref."""
-    implementation = _implementation("int8_geglu_gemm", activation.codes.device)
-    return implementation(activation, qweight, weight_scale, weight_sum, bias, out_dtype, static=static)
+    implementation = _implementation("int8_geglu_gemm", activation.codes.device, codes)
+    return implementation(activation, qweight, weight_scale, weight_sum, bias, out_dtype, static=static, codes=codes)
 
 
 def int8_conv2d(
@@ -275,6 +287,20 @@ def int8_conv2d(
     implementation = _implementation("int8_conv2d", activation.codes.device)
     extras = {"second": second, "addend": addend, "out_scale": out_scale, "out_zero_point": out_zero_point}
     return implementation(activation, qweight, weight_scale, border_sums, bias, stride, padding, out_dtype, **extras)
+
+
+def int8_pixel_conv2d(
+    activation: QuantizedActivation,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    border_sums: Tensor | None = None,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    out_dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """3x3 convolution on int8 codes with a scale per pixel -> (B, Cout, Ho, Wo) out_dtype, channels_last; see int8_pixel_conv2d_ref."""
+    implementation = _implementation("int8_pixel_conv2d", activation.codes.device)
+    return implementation(activation, qweight, weight_scale, border_sums, bias, stride, out_dtype)
 
 
 def int8_upsample_conv2d(
@@ -340,8 +366,29 @@ def fp8_gemm(
     addend: Tensor | None = None,
 ) -> Tensor:
     """Linear layer on fp8 codes -> (M, N) out_dtype; see fp8_gemm_ref."""
-    implementation = _implementation("fp8_gemm", activation.codes.device)
+    implementation = _implementation("fp8_gemm", activation.codes.device, FP8)
     return implementation(activation, qweight, weight_scale, bias, out_dtype, second=second, addend=addend)
+
+
+def fp8_gemm_many(
+    activation: QuantizedActivation, weights: Sequence[Sequence[Tensor | None]], out_dtype: torch.dtype = torch.float16
+) -> list[Tensor]:
+    """Up to three fp8 Linear layers of one activation -> (M, N) out_dtype each, rows may lie apart; see fp8_gemm_many_ref."""
+    return _implementation("fp8_gemm_many", activation.codes.device, FP8)(activation, weights, out_dtype)
+
+
+def fp8_geglu_gemm(
+    activation: QuantizedActivation,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float16,
+    *,
+    static: StaticScale | None = None,
+) -> QuantizedActivation:
+    """Linear layer and GEGLU on fp8 codes -> codes (M, N) per token or by a known scale, of a weight (2N, K); see fp8_geglu_gemm_ref."""
+    implementation = _implementation("fp8_geglu_gemm", activation.codes.device, FP8)
+    return implementation(activation, qweight, weight_scale, bias, dtype, static=static)
 
 
 def fp8_conv2d(
@@ -357,7 +404,7 @@ def fp8_conv2d(
     addend: Tensor | None = None,
 ) -> Tensor:
     """Conv2d on fp8 codes -> (B, Cout, Ho, Wo) out_dtype, channels_last; see fp8_conv2d_ref."""
-    implementation = _implementation("fp8_conv2d", activation.codes.device)
+    implementation = _implementation("fp8_conv2d", activation.codes.device, FP8)
     return implementation(activation, qweight, weight_scale, bias, stride, padding, out_dtype, second=second, addend=addend)
 
 

@@ -1,6 +1,6 @@
 """fp8 (e4m3) matrix product with scales, bias and addend. Formula, checks and reference; kernel in triton_ops.
 
-Used only where a GPU's table says that fp8 measured faster than int8 (tables.compute_type): its codes carry 3 bits of
+For GPUs whose table says that fp8 measured faster than int8 (tables.compute_type): its codes carry 3 bits of
 mantissa, and Hopper's tensor cores sum fp8 products with fewer bits than fp32, so it is the less exact of the two.
 """
 
@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
-from .activation import QuantizedActivation
+from .activation import FP8, QuantizedActivation
 from .finish import Finish
 from .int8_gemm import check_segments, check_weight_codes
-
-FP8 = torch.float8_e4m3fn
 
 
 def check_symmetric(operation: str, activation: QuantizedActivation, second: QuantizedActivation | None) -> None:

@@ -11,7 +11,7 @@ from .group_norm_silu_quantize import GROUPS, DynamicScale, check_group_norm
 
 def check_group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Raise LayoutError unless x (B, C, H, W) fits weight and bias (C,), C a multiple of 32."""
-    check_group_norm([x], weight, bias, (), DynamicScale.IMAGE, joined=True)
+    check_group_norm([x], weight, bias, True, (), DynamicScale.IMAGE, joined=True)
 
 
 def group_norm_silu_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:

@@ -12,10 +12,10 @@ from torch.nn import functional
 from ..errors import LayoutError
 from .activation import QuantizedActivation
 from .layer_norm_quantize import MAX_ROW
-from .quantize_image import check_images
+from .quantize_image import check_images, encode_images, range_scale
 from .quantize_static import quantize_static_ref
-from .quantize_token import INT8_MAX, dynamic_scale, quantize_token_ref
-from .static_scale import StaticScale
+from .quantize_token import dynamic_scale, quantize_token_ref
+from .static_scale import StaticScale, check_static_codes
 
 OPERATION = "group_norm_silu_quantize"
 GROUPS = 32  # SDXL's, and the VAE's: GroupNorm(32, ...) everywhere
@@ -28,13 +28,24 @@ class DynamicScale(str, Enum):
     """What shares a scale that is computed from the values themselves."""
 
     IMAGE = "image"  # for a 3x3 convolution, whose sums run over pixels
+    SILU_IMAGE = "silu_image"  # the same with a zero point: SiLU's dip is the fixed low end
     TOKEN = "token"  # one per pixel, for a matrix product over pixels
 
 
 def check_group_norm(
-    segments: Sequence[Tensor], weight: Tensor, bias: Tensor, static: Sequence[StaticScale], dynamic: DynamicScale, joined: bool
+    segments: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    silu: bool,
+    static: Sequence[StaticScale],
+    dynamic: DynamicScale,
+    joined: bool,
+    dtype: torch.dtype = torch.int8,
 ) -> None:
     """Raise LayoutError unless the segments are images of one size and everything fits their channels."""
+    check_static_codes(OPERATION, static, dtype)
+    if dynamic is DynamicScale.SILU_IMAGE and dtype is not torch.int8:
+        raise LayoutError(f"{OPERATION}: a zero point for {dtype} codes, which are symmetric. Use a symmetric scale per image.")
     if len(segments) not in (1, 2):
         raise LayoutError(f"{OPERATION}: {len(segments)} segments; 1, or 2 of a skip connection, are needed. Join the others first.")
     for x in segments:
@@ -48,6 +59,8 @@ def check_group_norm(
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector.shape != (channels,):
             raise LayoutError(f"{OPERATION}: {name} of shape {tuple(vector.shape)}; ({channels},) is needed. Pass this norm's own.")
+    if silu is False and dynamic is DynamicScale.SILU_IMAGE:
+        raise LayoutError(f"{OPERATION}: SiLU's low end without SiLU; values fall below it. Use a symmetric scale per image.")
     outputs = 1 if joined else len(segments)
     if len(static) not in (0, outputs):
         raise LayoutError(f"{OPERATION}: {len(static)} static scales for {outputs} outputs; one each, or none, is needed.")
@@ -74,6 +87,11 @@ def activated_absmax(lowest: Tensor, highest: Tensor, silu: bool) -> Tensor:
     return torch.where(around_dip, ends.clamp_min(SILU_DIP_DEPTH), ends)
 
 
+def activated_max(lowest: Tensor, highest: Tensor) -> Tensor:
+    """The largest silu(y), or 0, of y in [lowest, highest], both ends among them: SiLU falls, then rises, so it is at an end."""
+    return torch.maximum(functional.silu(lowest), functional.silu(highest)).clamp_min(0)
+
+
 def group_norm_silu_quantize_ref(
     segments: Sequence[Tensor],
     weight: Tensor,
@@ -83,12 +101,14 @@ def group_norm_silu_quantize_ref(
     static: Sequence[StaticScale] = (),
     dynamic: DynamicScale = DynamicScale.IMAGE,
     joined: bool = True,
+    dtype: torch.dtype = torch.int8,
 ) -> list[QuantizedActivation]:
     """Normalise the channels of all segments in 32 groups, apply SiLU, quantize.
 
     y = (x - mean(group)) / sqrt(var(group) + eps) * weight[c] + bias[c], var with the group's size as divisor, all fp32;
     z = silu(y) or y; codes of z by quantize_static's formula if `static` is given, else by quantize_token's over pixels,
-    or with scale[b] = max(absmax[b], 2^-100) / 127, absmax[b] the largest activated_absmax of image b's channels.
+    or with scale[b] = max(absmax[b], 2^-100) / 127, absmax[b] the largest activated_absmax of image b's channels,
+    or with quantize_image's range_scale of [-0.2785, the largest activated_max of image b's channels].
     y and z are never rounded to 16 bit.
     Args:
         segments: 1 or 2 tensors (B, C_i, H, W), any float dtype, NCHW, channels_last or strided; left unchanged. The
@@ -96,10 +116,11 @@ def group_norm_silu_quantize_ref(
         weight, bias: (C,) any float dtype, C the sum of C_i, a multiple of 32. eps: > 0.
         static: one entry per output, its samples divide B. Empty: `dynamic` says what shares a scale.
         joined: one output over all channels; else one per segment, each with its own scale.
+        dtype: of the codes, int8 or, symmetric and dynamic only, float8_e4m3fn with 448 for 127.
     Returns: per output, codes (B, H, W, channels) contiguous.
     Raises: LayoutError if the shapes do not fit.
     """
-    check_group_norm(segments, weight, bias, static, dynamic, joined)
+    check_group_norm(segments, weight, bias, silu, static, dynamic, joined, dtype)
     B, _, H, W = segments[0].shape
     x = torch.cat([segment.float() for segment in segments], 1)
     y = functional.group_norm(x, GROUPS, weight.float(), bias.float(), eps)
@@ -111,15 +132,11 @@ def group_norm_silu_quantize_ref(
         parts = zip(z.split(channels, 1), static, strict=True)
         return [quantize_static_ref(part, entry.scale, entry.zero_point, entry.bucket, entry.clipped) for part, entry in parts]
     if dynamic is DynamicScale.TOKEN:
-        rows = quantize_token_ref(z.permute(0, 2, 3, 1).reshape(B * H * W, -1))
+        rows = quantize_token_ref(z.permute(0, 2, 3, 1).reshape(B * H * W, -1), dtype)
         return [QuantizedActivation(rows.codes.view(B, H, W, -1), rows.scale, None, 1)]
-    absmax = activated_absmax(y.amin((2, 3)), y.amax((2, 3)), silu)  # (B, C)
-    parts = zip(z.split(channels, 1), absmax.split(channels, 1), strict=True)
-    return [_encode_images(part, dynamic_scale(part_absmax.amax(1))) for part, part_absmax in parts]
-
-
-def _encode_images(z: Tensor, scale: Tensor) -> QuantizedActivation:
-    """(B, C, H, W) fp32 with scale (B,) -> NHWC codes; codes 0 where the scale is NaN."""
-    ratio = (z.permute(0, 2, 3, 1) / scale.view(-1, 1, 1, 1)).nan_to_num_(nan=0.0)
-    codes = ratio.round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8).contiguous()
-    return QuantizedActivation(codes, scale, None, z.shape[2] * z.shape[3])
+    lowest, highest = y.amin((2, 3)), y.amax((2, 3))  # (B, C)
+    if dynamic is DynamicScale.SILU_IMAGE:
+        parts = zip(z.split(channels, 1), activated_max(lowest, highest).split(channels, 1), strict=True)
+        return [encode_images(part, *range_scale(high.amax(1), -SILU_DIP_DEPTH)) for part, high in parts]
+    parts = zip(z.split(channels, 1), activated_absmax(lowest, highest, silu).split(channels, 1), strict=True)
+    return [encode_images(part, dynamic_scale(absmax.amax(1), dtype), None, dtype) for part, absmax in parts]

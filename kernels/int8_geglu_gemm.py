@@ -10,6 +10,7 @@ from ..errors import LayoutError
 from .activation import QuantizedActivation
 from .int8_gemm import check_gemm, int8_gemm_ref
 from .quantize_static import quantize_static_ref
+from .quantize_token import symmetric_codes
 from .static_scale import StaticScale
 
 OPERATION = "int8_geglu_gemm"
@@ -22,6 +23,7 @@ def check_geglu_gemm(
     weight_sum: Tensor | None,
     bias: Tensor | None,
     static: StaticScale | None,
+    codes: torch.dtype = torch.int8,
 ) -> None:
     """Raise LayoutError unless the operands of int8_geglu_gemm fit together."""
     check_gemm(activation, qweight, weight_scale, weight_sum, bias)
@@ -30,8 +32,15 @@ def check_geglu_gemm(
             f"{OPERATION}: {qweight.shape[0]} output channels; an even number, values before gates, is needed. "
             "Pass the whole weight of the projection."
         )
+    check_static_geglu(OPERATION, static, activation.rows, codes)
+
+
+def check_static_geglu(operation: str, static: StaticScale | None, rows: int, codes: torch.dtype) -> None:
+    """Raise LayoutError unless the stored scale fits the rows, and has no zero point if the codes are fp8."""
     if static is not None:
-        static.rows_per_scale(OPERATION, activation.rows, activation.rows)
+        static.rows_per_scale(operation, rows, rows)
+    if static is not None and static.zero_point is not None and codes is not torch.int8:
+        raise LayoutError(f"{operation}: a zero point for {codes} codes, which are symmetric. Pass a scale alone.")
 
 
 def geglu(y: Tensor) -> Tensor:
@@ -49,6 +58,7 @@ def int8_geglu_gemm_ref(
     out_dtype: torch.dtype = torch.float16,
     *,
     static: StaticScale | None = None,
+    codes: torch.dtype = torch.int8,
 ) -> Tensor | QuantizedActivation:
     """A Linear layer and GEGLU on int8 codes; what lies between them is fp32 and never stored.
 
@@ -56,11 +66,21 @@ def int8_geglu_gemm_ref(
     Args:
         activation: codes (M, K). qweight: (2N, K) int8, K contiguous, the rows of the values before those of the gates.
         weight_scale, weight_sum, bias: (2N,), as of int8_gemm_ref.
-        static: store codes, by quantize_static's formula; its samples divide M.
+        static: store codes, by quantize_static's formula; its samples divide M. codes: their dtype; of float8_e4m3fn, which have no
+            zero point, y / scale is rounded to the nearest number within +-448.
     Returns: (M, N) out_dtype; with `static` a QuantizedActivation with codes (M, N).
     Raises: LayoutError if the shapes do not fit or K > 65535.
     Source: GLU Variants Improve Transformer (arXiv 2002.05202), section 2.
     """
-    check_geglu_gemm(activation, qweight, weight_scale, weight_sum, bias, static)
+    check_geglu_gemm(activation, qweight, weight_scale, weight_sum, bias, static, codes)
     y = geglu(int8_gemm_ref(activation, qweight, weight_scale, weight_sum, bias, torch.float32))
-    return y.to(out_dtype) if static is None else quantize_static_ref(y, static.scale, static.zero_point, static.bucket, static.clipped)
+    return y.to(out_dtype) if static is None else static_codes(y, static, codes)
+
+
+def static_codes(y: Tensor, static: StaticScale, codes: torch.dtype) -> QuantizedActivation:
+    """Codes of y (M, N) fp32 by a stored scale, as int8_geglu_gemm and fp8_geglu_gemm store them."""
+    if codes is torch.int8:
+        return quantize_static_ref(y, static.scale, static.zero_point, static.bucket, static.clipped)
+    scale = static.scale.index_select(0, static.bucket)
+    rows = y.shape[0] // scale.numel()
+    return QuantizedActivation(symmetric_codes(y / scale.repeat_interleave(rows)[:, None], codes), scale, None, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -9,7 +10,7 @@ from ..errors import LayoutError
 from .activation import QuantizedActivation
 from .quantize_static import quantize_static_ref
 from .quantize_token import check_rows, quantize_token_ref
-from .static_scale import StaticScale
+from .static_scale import StaticScale, check_static_codes
 
 # The kernels hold a row in registers.
 MAX_ROW = 8192
@@ -27,7 +28,13 @@ def check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:
 
 
 def layer_norm_quantize_ref(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, static: StaticScale | None = None, keep_float: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    static: StaticScale | None = None,
+    keep_float: bool = False,
+    dtype: torch.dtype = torch.int8,
 ) -> tuple[QuantizedActivation, Tensor | None]:
     """Normalise every row, then quantize it: quantize_token_ref or quantize_static_ref of LayerNorm(x) in fp32.
 
@@ -36,15 +43,16 @@ def layer_norm_quantize_ref(
     Unlike LayerNorm and quantize run one after the other on 16-bit tensors, y is never rounded to 16 bit in between.
     Args:
         x: (M, K) any float dtype, K <= 8192; left unchanged. weight, bias: (K,) any float dtype. eps: > 0.
-        static: its samples divide M; None for one symmetric scale per row.
+        static: its samples divide M, of int8 codes; None for one symmetric scale per row. dtype: of the codes.
         keep_float: also return y, for a consumer that needs floats (a LoRA branch).
     Returns: (codes (M, K), scales as of the quantize operation), and y (M, K) in x's dtype or None.
     Raises: LayoutError if the shapes do not fit.
     """
     check_layer_norm(x, weight, bias)
+    check_static_codes("layer_norm_quantize", static, dtype)
     y = functional.layer_norm(x.float(), (x.shape[1],), weight.float(), bias.float(), eps)
     if static is None:
-        activation = quantize_token_ref(y)
+        activation = quantize_token_ref(y, dtype)
     else:
         static.rows_per_scale("layer_norm_quantize", x.shape[0], x.shape[0])
         activation = quantize_static_ref(y, static.scale, static.zero_point, static.bucket, static.clipped)

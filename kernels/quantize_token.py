@@ -6,18 +6,26 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
-from .activation import QuantizedActivation
+from .activation import LARGEST_CODE, QuantizedActivation
 
-INT8_MAX = 127
+INT8_MAX = LARGEST_CODE[torch.int8]
 # Floor of absmax: a row of zeros gets codes of 0 and a scale far from fp32's subnormals, which GPUs flush.
 TINY = 2.0**-100
 
 
-def dynamic_scale(absmax: Tensor) -> Tensor:
-    """fp32 absmax -> fp32 scale: max(absmax, TINY) / 127, or NaN where absmax is NaN or infinite."""
+def dynamic_scale(absmax: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
+    """fp32 absmax -> fp32 scale: max(absmax, TINY) / 127, of fp8 codes / 448; NaN where absmax is NaN or infinite."""
     # A tensor, not a number: by a number CUDA multiplies with the reciprocal, which rounds otherwise.
-    scale = absmax.clamp_min(TINY) / torch.full_like(absmax, INT8_MAX)
+    scale = absmax.clamp_min(TINY) / torch.full_like(absmax, LARGEST_CODE[dtype])
     return torch.where(torch.isfinite(absmax), scale, torch.nan)
+
+
+def symmetric_codes(ratio: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 x / scale, which is overwritten -> codes: the nearest within [-127, 127], or [-448, 448] of fp8; ties to even, NaN becomes 0."""
+    ratio.nan_to_num_(nan=0.0)
+    if dtype is torch.int8:
+        ratio.round_()
+    return ratio.clamp_(-LARGEST_CODE[dtype], LARGEST_CODE[dtype]).to(dtype)  # clamped first: beyond 464 e4m3 is NaN
 
 
 def check_rows(x: Tensor, operation: str) -> None:
@@ -26,20 +34,19 @@ def check_rows(x: Tensor, operation: str) -> None:
         raise LayoutError(f"{operation}: x is {x.dtype} {tuple(x.shape)}; a float (M, K) is needed. Flatten the leading dimensions first.")
 
 
-def quantize_token_ref(x: Tensor) -> QuantizedActivation:
+def quantize_token_ref(x: Tensor, dtype: torch.dtype = torch.int8) -> QuantizedActivation:
     """Quantize every row of x with its own symmetric scale.
 
     scale[m] = max(absmax(x[m]), 2^-100) / 127; q = clamp(round(x / scale[m]), -127, 127), ties to even.
+    fp8: 448 for 127, and rounded to the nearest e4m3 number.
     A row with a NaN or an infinity gets scale NaN and codes 0: what is computed from it is NaN, as without quantization.
     Args:
-        x: (M, K) any float dtype, any strides; left unchanged.
+        x: (M, K) any float dtype, any strides; left unchanged. dtype: of the codes, int8 or float8_e4m3fn.
     Returns: codes (M, K), scale (M,), no zero point, rows_per_scale 1.
     Raises: LayoutError if x is not a float (M, K).
     Source: LLM.int8 (arXiv 2208.07339), section 2.1, vector-wise absmax.
     """
     check_rows(x, "quantize_token")
     x = x.float()
-    scale = dynamic_scale(x.abs().amax(1))
-    ratio = (x / scale[:, None]).nan_to_num_(nan=0.0)
-    codes = ratio.round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
-    return QuantizedActivation(codes, scale, None, 1)
+    scale = dynamic_scale(x.abs().amax(1), dtype)
+    return QuantizedActivation(symmetric_codes(x / scale[:, None], dtype), scale, None, 1)

@@ -11,6 +11,12 @@ from ..errors import LayoutError
 from .quantize_static import BUCKETS
 
 
+def check_static_codes(operation: str, static: object | None, dtype: torch.dtype) -> None:
+    """Raise LayoutError if stored scales are given for codes that are not int8: tables are calibrated for these."""
+    if static and dtype is not torch.int8:
+        raise LayoutError(f"{operation}: stored scales for {dtype} codes; they are of int8 codes. Pass none, for dynamic scales.")
+
+
 @dataclass(frozen=True)
 class StaticScale:
     """The consumer's tables and the batch's buckets.

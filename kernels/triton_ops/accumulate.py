@@ -14,6 +14,17 @@ def tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def chosen(which, first, second, third):
+    """One of three pointers."""
+    pointer = first
+    if which == 1:
+        pointer = second
+    if which == 2:
+        pointer = third
+    return pointer
+
+
+@triton.jit
 def gemm_from_pointers(
     a_ptr, w_ptr, local_m, local_n, inside_m, inside_n, K, k_first, k_last, stride_am, stride_wn,
     ACC: tl.constexpr, EVEN_K: tl.constexpr, UNROLL: tl.constexpr,

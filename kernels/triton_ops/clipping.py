@@ -28,3 +28,18 @@ def add_clipped(clipped_ptr, clipped, rows, is_first):
     """Add one program's clipped values, if there are any; the first program also adds the rows of the whole launch."""
     tl.atomic_add(clipped_ptr, clipped, mask=clipped > 0, sem="relaxed")
     tl.atomic_add(clipped_ptr + 1, rows, mask=is_first, sem="relaxed")
+
+
+@triton.jit
+def count_beyond(ratio, inside, zero_point, HAS_ZERO_POINT: tl.constexpr):
+    """How many of a two-dimensional tile's ratios (y * inverse) the codes' range clamps, where counting takes longer than all the rest.
+
+    Nearly always there is none, which one maximum says: of the distance to the middle of the range.
+    """
+    middle = -0.5 - zero_point.to(tl.float32) if HAS_ZERO_POINT else 0.0
+    reach: tl.constexpr = 128.0 if HAS_ZERO_POINT else 127.5
+    distance = tl.abs(ratio - middle)
+    clipped = 0
+    if tl.max(tl.max(distance, axis=1), axis=0) > reach:
+        clipped = count(inside & (distance > reach))
+    return clipped

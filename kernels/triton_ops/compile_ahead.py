@@ -77,3 +77,5 @@ def compile_ahead(work: Callable[[], object], device: torch.device) -> None:
         watched_by(_Requests()),
     ):
         work()
+    # What the work allocated is cached for this stream; the real work may run on another, whose cache would come on top.
+    torch.cuda.empty_cache()

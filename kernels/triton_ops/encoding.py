@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .rounding import ROUND_MAGIC
+from .rounding import ROUND_MAGIC, nearest_fp8
 
 
 @triton.jit
@@ -13,21 +13,28 @@ def reciprocal(scale):
 
 
 @triton.jit
-def encode(y, inverse, zero_point, HAS_ZERO_POINT: tl.constexpr):
+def encode(y, inverse, zero_point, HAS_ZERO_POINT: tl.constexpr, CODES: tl.constexpr = tl.int8):
     """fp32 y -> int8 clamp(round(y * inverse) + zero_point), ties to even, [-127, 127] without a zero point; NaN becomes 0.
+
+    CODES fp8: y * inverse rounded to e4m3, no zero point.
 
     y * inverse where the references divide: a tenth of the instructions, and one code in 10^5 is another neighbour.
     The clamp comes first, at whole numbers, which is the same; then the low byte of the magic sum is the code.
     """
     ratio = y * inverse
-    ratio = tl.where(ratio == ratio, ratio, 0.0)
-    if HAS_ZERO_POINT:
+    if tl.float8e4nv == CODES:
+        codes = nearest_fp8(ratio)
+    elif HAS_ZERO_POINT:
+        ratio = tl.where(ratio == ratio, ratio, 0.0)
         lowest = (-128 - zero_point).to(tl.float32)
         highest = (127 - zero_point).to(tl.float32)
         ratio = tl.minimum(tl.maximum(ratio, lowest), highest)
-        return ((ratio + ROUND_MAGIC).to(tl.int32, bitcast=True) + zero_point).to(tl.int8)
-    ratio = tl.minimum(tl.maximum(ratio, -127.0), 127.0)
-    return (ratio + ROUND_MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+        codes = ((ratio + ROUND_MAGIC).to(tl.int32, bitcast=True) + zero_point).to(tl.int8)
+    else:
+        ratio = tl.where(ratio == ratio, ratio, 0.0)
+        ratio = tl.minimum(tl.maximum(ratio, -127.0), 127.0)
+        codes = (ratio + ROUND_MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+    return codes
 
 
 @triton.jit

@@ -6,11 +6,8 @@ import torch
 from torch import Tensor
 
 from ..activation import QuantizedActivation
-from ..dequantized import dequantized_fp8_conv2d
 from ..fp8_conv2d import check_fp8_conv
-from .fp8_gemm import FP8_MIN_SM
 from .int8_conv2d import Geometry, launch_conv
-from .launch import compute_capability
 
 
 def fp8_conv2d(
@@ -27,8 +24,6 @@ def fp8_conv2d(
 ) -> Tensor:
     """See fp8_conv2d_ref; sums are in the tensor cores' order and precision."""
     check_fp8_conv(activation, qweight, weight_scale, bias, stride, padding, second)
-    if 0 < compute_capability(activation.codes.device) < FP8_MIN_SM:
-        return dequantized_fp8_conv2d(activation, qweight, weight_scale, bias, stride, padding, out_dtype, second=second, addend=addend)
     geometry = Geometry.of(activation.codes, qweight.shape[1], stride, padding)
     finish = geometry.finish("fp8_conv2d", qweight.shape[0], addend, None, None)
     return launch_conv(activation, second, qweight, weight_scale, None, bias, out_dtype, geometry, finish)

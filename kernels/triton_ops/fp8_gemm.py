@@ -6,15 +6,12 @@ import torch
 from torch import Tensor
 
 from ..activation import QuantizedActivation
-from ..dequantized import dequantized_fp8_gemm
 from ..design import SCALED_MM
 from ..finish import Finish
 from ..fp8_gemm import check_fp8_gemm
 from .int8_gemm import gemm_design, launch_gemm
 from .launch import compute_capability
 
-# Tensor cores take e4m3 from Ada on; Triton refuses to compile it for older GPUs.
-FP8_MIN_SM = 89
 # cuBLAS' fp8 products want sides that are multiples of it.
 SCALED_MM_MULTIPLE = 16
 
@@ -34,20 +31,20 @@ def fp8_gemm(
     finish = Finish(addend)
     finish.check("fp8_gemm", activation.rows, qweight.shape[0])
     sm = compute_capability(activation.codes.device)
-    if 0 < sm < FP8_MIN_SM:
-        return dequantized_fp8_gemm(activation, qweight, weight_scale, bias, out_dtype, second=second, addend=addend)
     design = gemm_design(activation.codes, None if second is None else second.codes, qweight.shape[0], sm)
-    if design.backend == SCALED_MM and second is None and _suits_scaled_mm(activation.codes, qweight, out_dtype):
-        return _scaled_mm(activation, qweight, weight_scale, bias, out_dtype, finish)
+    if design.backend == SCALED_MM and second is None and suits_scaled_mm(activation, qweight, out_dtype):
+        return scaled_mm(activation, qweight, weight_scale, bias, out_dtype, finish)
     return launch_gemm(activation, second, qweight, weight_scale, None, bias, out_dtype, finish)
 
 
-def _suits_scaled_mm(codes: Tensor, qweight: Tensor, out_dtype: torch.dtype) -> bool:
+def suits_scaled_mm(activation: QuantizedActivation, qweight: Tensor, out_dtype: torch.dtype) -> bool:
+    """Whether torch._scaled_mm takes these operands."""
+    codes = activation.codes
     multiples = all(side % SCALED_MM_MULTIPLE == 0 for side in qweight.shape)
     return multiples and codes.is_cuda and codes.is_contiguous() and out_dtype != torch.float32
 
 
-def _scaled_mm(
+def scaled_mm(
     activation: QuantizedActivation, qweight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype, finish: Finish
 ) -> Tensor:
     """One scale per row and column inside the product; the addend is a pass of its own."""

@@ -11,7 +11,7 @@ from ..activation import QuantizedActivation
 from ..geglu_quantize import check_geglu
 from ..quantize_token import TINY
 from ..repeat import empty, launch
-from ..static_scale import StaticScale
+from ..static_scale import StaticScale, check_static_codes
 from .activations import gelu_erf
 from .clipping import add_clipped, beyond_codes, count
 from .encoding import encode, reciprocal, static_entry
@@ -45,7 +45,7 @@ def _geglu_quantize_kernel(
         )
     else:
         absmax = tl.maximum(tl.max(magnitude(head), axis=1), tl.max(magnitude(tail), axis=1))
-        scale = dynamic_scale(absmax, TINY)
+        scale = dynamic_scale(absmax, TINY, codes_ptr.dtype.element_ty)
         zero_point = tl.zeros((BLOCK_M,), tl.int32)
         tl.store(scale_ptr + rows, scale, mask=inside_m)
     inverse = reciprocal(scale)[:, None]
@@ -53,18 +53,19 @@ def _geglu_quantize_kernel(
         clipped = count(inside & beyond_codes(head, inverse, zero_point[:, None], HAS_ZERO_POINT))
         clipped += count(inside & beyond_codes(tail, inverse, zero_point[:, None], HAS_ZERO_POINT))
         add_clipped(clipped_ptr, clipped, M, tl.program_id(0) == 0)
-    head = encode(head, inverse, zero_point[:, None], HAS_ZERO_POINT)
-    tail = encode(tail, inverse, zero_point[:, None], HAS_ZERO_POINT)
+    head = encode(head, inverse, zero_point[:, None], HAS_ZERO_POINT, codes_ptr.dtype.element_ty)
+    tail = encode(tail, inverse, zero_point[:, None], HAS_ZERO_POINT, codes_ptr.dtype.element_ty)
     store_row(codes_ptr + rows[:, None] * N, N, inside, head, tail, HEAD, TAIL)
 
 
-def geglu_quantize(x: Tensor, static: StaticScale | None = None) -> QuantizedActivation:
+def geglu_quantize(x: Tensor, static: StaticScale | None = None, dtype: torch.dtype = torch.int8) -> QuantizedActivation:
     """See geglu_quantize_ref: scales within 3e-5 (gelu_erf's error), codes at most 1 apart and that on fewer than 1 in 1000."""
     check_geglu(x)
+    check_static_codes("geglu_quantize", static, dtype)
     x = x if x.stride(1) == 1 else x.contiguous()
     M, N = x.shape[0], x.shape[1] // 2
     entries = scale_entries("geglu_quantize", static, M, M, 1, x.device)
-    codes = empty((M, N), torch.int8, x.device)
+    codes = empty((M, N), dtype, x.device)
     head, tail = split_row(N)
     block_m = rows_per_program(N)
     with on_device(x):

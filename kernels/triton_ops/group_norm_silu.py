@@ -9,7 +9,7 @@ from torch import Tensor
 from ..group_norm_silu import check_group_norm_silu
 from ..repeat import empty, launch
 from .activations import silu
-from .group_norm_statistics import group_statistics
+from .group_norm_statistics import Bound, group_statistics
 from .launch import cdiv, on_device
 from .quantize_static import pixel_strides
 
@@ -44,7 +44,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) 
     B, C, H, W = x.shape
     y = empty((B, H, W, C), x.dtype, x.device)
     with on_device(x):
-        affine = group_statistics([x], weight.contiguous(), bias.contiguous(), eps, silu=True, bound=False).affine
+        affine = group_statistics([x], weight.contiguous(), bias.contiguous(), eps, silu=True, bound=Bound.NONE).affine
         launch(
             _normalize_kernel, (cdiv(H * W, BLOCK_P), cdiv(C, BLOCK_C), B),
             x, affine, y, H * W, C, affine.stride(0), x.stride(0), pixel_strides(x)[1], x.stride(1),

@@ -14,20 +14,22 @@ from ..group_norm_silu_quantize import GROUPS, OPERATION, DynamicScale, check_gr
 from ..quantize_token import TINY
 from ..repeat import empty, launch
 from ..static_scale import StaticScale
-from .activations import silu
-from .clipping import add_clipped, beyond_codes, count
-from .encoding import encode, reciprocal, static_entry
-from .group_norm_statistics import GroupStatistics, group_statistics
+from .activations import SILU_DIP_DEPTH, silu
+from .clipping import add_clipped, count_beyond
+from .encoding import reciprocal, static_entry
+from .group_norm_statistics import Bound, GroupStatistics, group_statistics
 from .launch import cdiv, on_device
+from .packed_codes import pack_codes, row_absmax, shifted_ratio
 from .quantize_static import pixel_strides
-from .rounding import dynamic_scale, magnitude
-from .row_parts import load_row, load_vector, row_warps, split_row, store_row
+from .rounding import dynamic_scale, range_scale
+from .row_parts import load_row, load_vector, neighbours, row_warps, split_row, store_row
 from .scale_entries import ScaleEntries, scale_entries
 
 # With 2 warps there are 25 instructions per value, with 4 there are 33.
 BLOCK_P = 32
 BLOCK_C = 64
 NUM_WARPS = 2
+BOUNDS = {DynamicScale.IMAGE: Bound.ABSMAX, DynamicScale.SILU_IMAGE: Bound.LARGEST, DynamicScale.TOKEN: Bound.NONE}
 
 
 @triton.jit
@@ -53,6 +55,7 @@ def _normalize_quantize_kernel(
     if SILU:
         y = silu(y)
 
+    CODES: tl.constexpr = codes_ptr.dtype.element_ty
     entry = image // images_per_scale
     first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (image % images_per_scale == 0)
     if STATIC:
@@ -60,14 +63,23 @@ def _normalize_quantize_kernel(
             table_ptr, zero_table_ptr, bucket_ptr, scale_ptr, zero_point_ptr, entry, entry >= 0, first, HAS_ZERO_POINT
         )
     else:
-        scale = dynamic_scale(tl.max(tl.load(absmax_ptr + image * ABSMAX_STRIDE + tl.arange(0, ABSMAX)), axis=0), TINY)
-        zero_point = 0
+        largest = tl.max(tl.load(absmax_ptr + image * ABSMAX_STRIDE + tl.arange(0, ABSMAX)), axis=0)
+        if HAS_ZERO_POINT:
+            scale, zero_point = range_scale(largest, -SILU_DIP_DEPTH)
+            tl.store(zero_point_ptr + entry, zero_point, mask=first)
+        else:
+            scale = dynamic_scale(largest, TINY, CODES)
+            zero_point = 0
         tl.store(scale_ptr + entry, scale, mask=first)
-    inverse = reciprocal(scale)
+    ratio = y * reciprocal(scale)
     if clipped_ptr is not None:
         is_first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (image == 0)
-        add_clipped(clipped_ptr, count(inside & beyond_codes(y, inverse, zero_point, HAS_ZERO_POINT)), clipped_rows, is_first)
-    codes = encode(y, inverse, zero_point, HAS_ZERO_POINT)
+        add_clipped(clipped_ptr, count_beyond(ratio, inside, zero_point, HAS_ZERO_POINT), clipped_rows, is_first)
+    if HAS_ZERO_POINT:
+        ratio = tl.where(ratio == ratio, ratio, 0.0)
+    if tl.float8e4nv != CODES:
+        ratio = shifted_ratio(ratio, zero_point, HAS_ZERO_POINT)
+    codes = pack_codes(ratio, CODES)
     tl.store(codes_ptr + (image * P + pixels)[:, None] * stride_cm + channels[None, :], codes, mask=inside)
 
 
@@ -75,25 +87,27 @@ def _normalize_quantize_kernel(
 def _normalize_quantize_token_kernel(
     x_ptr, affine_ptr, codes_ptr, scale_ptr,
     P, C, stride_affine, stride_xb, stride_xp,
-    SILU: tl.constexpr, TINY: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    SILU: tl.constexpr, TINY: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, EVEN: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Codes and scale of one pixel, all channels in registers; channels contiguous."""
+    CODES: tl.constexpr = codes_ptr.dtype.element_ty
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     inside = (pixel < P)[:, None]
-    head, tail = load_row(x_ptr + image * stride_xb + pixel[:, None] * stride_xp, C, inside, HEAD, TAIL)
-    factor_head, factor_tail = load_vector(affine_ptr + image * C, C, HEAD, TAIL)
-    offset_head, offset_tail = load_vector(affine_ptr + stride_affine + image * C, C, HEAD, TAIL)
+    head, tail = load_row(x_ptr + image * stride_xb + pixel[:, None] * stride_xp, C, inside, HEAD, TAIL, EVEN, VECTOR)
+    factor_head, factor_tail = load_vector(affine_ptr + image * C, C, HEAD, TAIL, EVEN, VECTOR)
+    offset_head, offset_tail = load_vector(affine_ptr + stride_affine + image * C, C, HEAD, TAIL, EVEN, VECTOR)
     head = head * factor_head + offset_head
     tail = tail * factor_tail + offset_tail
     if SILU:
         head = silu(head)
         tail = silu(tail)
-    scale = dynamic_scale(tl.maximum(tl.max(magnitude(head), axis=1), tl.max(magnitude(tail), axis=1)), TINY)
+    scale = dynamic_scale(row_absmax(head, tail), TINY, CODES)
     row = image * P + pixel
     tl.store(scale_ptr + row, scale)
     inverse = reciprocal(scale)[:, None]
-    store_row(codes_ptr + row[:, None] * C, C, inside, encode(head, inverse, 0, False), encode(tail, inverse, 0, False), HEAD, TAIL)
+    head, tail = pack_codes(head * inverse, CODES), pack_codes(tail * inverse, CODES)
+    store_row(codes_ptr + row[:, None] * C, C, inside, head, tail, HEAD, TAIL, EVEN, VECTOR)
 
 
 def _apply(x: Tensor, statistics: GroupStatistics, first_channel: int, absmax: Tensor, codes: Tensor, entries: ScaleEntries,
@@ -112,15 +126,15 @@ def _apply(x: Tensor, statistics: GroupStatistics, first_channel: int, absmax: T
     )  # fmt: skip
 
 
-def _apply_per_token(x: Tensor, statistics: GroupStatistics, silu: bool) -> QuantizedActivation:
+def _apply_per_token(x: Tensor, statistics: GroupStatistics, silu: bool, dtype: torch.dtype) -> QuantizedActivation:
     B, C, H, W = x.shape
-    codes = empty((B, H, W, C), torch.int8, x.device)
+    codes = empty((B, H, W, C), dtype, x.device)
     scale = empty((B * H * W,), torch.float32, x.device)
     head, tail = split_row(C)
     launch(
         _normalize_quantize_token_kernel, (H * W, B),
         x, statistics.affine, codes, scale, H * W, C, statistics.affine.stride(0), x.stride(0), pixel_strides(x)[1],
-        SILU=silu, TINY=TINY, HEAD=head, TAIL=tail, num_warps=row_warps(C),
+        SILU=silu, TINY=TINY, HEAD=head, TAIL=tail, EVEN=head + tail == C, VECTOR=neighbours(C), num_warps=row_warps(C),
     )  # fmt: skip
     return QuantizedActivation(codes, scale, None, 1)
 
@@ -134,32 +148,39 @@ def group_norm_silu_quantize(
     static: Sequence[StaticScale] = (),
     dynamic: DynamicScale = DynamicScale.IMAGE,
     joined: bool = True,
+    dtype: torch.dtype = torch.int8,
 ) -> list[QuantizedActivation]:
     """See group_norm_silu_quantize_ref: scales to fp32 rounding, codes at most 1 apart and that on fewer than 1 in 1000."""
-    check_group_norm(segments, weight, bias, static, dynamic, joined)
+    check_group_norm(segments, weight, bias, silu, static, dynamic, joined, dtype)
     segments = [pixel_strides(x)[0] for x in segments]
     per_token = not static and dynamic is DynamicScale.TOKEN
     if per_token and segments[0].stride(1) != 1:
         segments = [segments[0].contiguous(memory_format=torch.channels_last)]
     with on_device(weight):
-        statistics = group_statistics(
-            segments, weight.contiguous(), bias.contiguous(), eps, silu, bound=not static and dynamic is DynamicScale.IMAGE
-        )
+        bound = Bound.NONE if static else BOUNDS[dynamic]
+        statistics = group_statistics(segments, weight.contiguous(), bias.contiguous(), eps, silu, bound)
         if per_token:
-            return [_apply_per_token(segments[0], statistics, silu)]
-        return _apply_segments(segments, statistics, silu, static, joined)
+            return [_apply_per_token(segments[0], statistics, silu, dtype)]
+        return _apply_segments(segments, statistics, silu, static, joined, bound is Bound.LARGEST, dtype)
 
 
 def _apply_segments(
-    segments: Sequence[Tensor], statistics: GroupStatistics, silu: bool, static: Sequence[StaticScale], joined: bool
+    segments: Sequence[Tensor],
+    statistics: GroupStatistics,
+    silu: bool,
+    static: Sequence[StaticScale],
+    joined: bool,
+    zero_point: bool,
+    dtype: torch.dtype,
 ) -> list[QuantizedActivation]:
+    """zero_point: dynamic scales have one."""
     B, _, H, W = segments[0].shape
     device, rows = segments[0].device, B * H * W
     widths = [sum(x.shape[1] for x in segments)] if joined else [x.shape[1] for x in segments]
     outputs = []
     for i, width in enumerate(widths):
-        codes = empty((B, H, W, width), torch.int8, device)
-        outputs.append((codes, scale_entries(OPERATION, static[i] if static else None, rows, B, H * W, device)))
+        codes = empty((B, H, W, width), dtype, device)
+        outputs.append((codes, scale_entries(OPERATION, static[i] if static else None, rows, B, H * W, device, zero_point)))
     first_channel = 0
     for i, x in enumerate(segments):
         codes, entries = outputs[0 if joined else i]

@@ -22,8 +22,8 @@ def unpack(packed, words, HIGH: tl.constexpr, ASM: tl.constexpr):
     """code * group_scale of one nibble of each byte.
 
     Args: packed: (BLOCK_N, 64) uint8. words: (BLOCK_N,) int32, each row's scales of the low and the high nibbles' group.
-        ASM: False where there is no PTX (Triton's interpreter, AMD), or where four neighbours in a thread's registers are not
-            of one row: they are in an int8 operand of a product, and not in a 16-bit one.
+        ASM: False where there is no PTX (Triton's interpreter, AMD). The instructions scale four neighbours in a thread's registers
+            by the first one's word: they must be of one row, as they are in an int8 operand of a product and where rows are loaded.
     Returns: (BLOCK_N, 64) int8.
     """
     if ASM:

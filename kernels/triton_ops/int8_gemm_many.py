@@ -1,4 +1,4 @@
-"""Kernel and launcher of int8_gemm_many: one launch, each output tile of one of up to three weights. See ../int8_gemm_many.py."""
+"""Kernel and launcher of int8_gemm_many, and of fp8_gemm_many: each output tile is of one of up to three weights. See there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..design import Design
 from ..finish import Finish
 from ..int8_gemm_many import MAX_WEIGHTS, LinearWeight, checked_weights
 from ..repeat import empty, launch
-from .accumulate import add_from_descriptors, gemm_from_pointers, tile_position
+from .accumulate import add_from_descriptors, chosen, gemm_from_pointers, tile_position
 from .epilogue import in_parts
 from .gemm_kernel import finish_columns
 from .int8_gemm import design_constants, divides_k, fitting, gemm_design, k_contiguous, launch_gemm
@@ -23,17 +23,6 @@ from .launch import cdiv, compute_capability, describe, on_device
 
 # Sizes whose value or divisibility must not make another compiled kernel: none of them is a stride.
 RUNTIME_ONLY = ["M", "has_bias", "rows_per_scale"]
-
-
-@triton.jit
-def _chosen(which, first, second, third):
-    """One of three pointers."""
-    pointer = first
-    if which == 1:
-        pointer = second
-    if which == 2:
-        pointer = third
-    return pointer
 
 
 @triton.jit
@@ -51,7 +40,7 @@ def _sums_of_one(
         acc = add_from_descriptors(acc, codes, qweight_2, m, n, 0, 0, tl.where(which == 1, K, 0), ACC, BLOCK_K)
         acc = add_from_descriptors(acc, codes, qweight_3, m, n, 0, 0, tl.where(which == 2, K, 0), ACC, BLOCK_K)
     else:
-        qweight = _chosen(which, qweight_1, qweight_2, qweight_3)
+        qweight = chosen(which, qweight_1, qweight_2, qweight_3)
         acc = gemm_from_pointers(
             codes + first_m * stride_am, qweight + first_n * stride_wn, local_m, local_n, inside_m, local_n < BLOCK_N,
             K, 0, K, stride_am, stride_wn, ACC, EVEN_K, UNROLL, BLOCK_M, BLOCK_N, BLOCK_K,
@@ -80,11 +69,11 @@ def _gemm_many_kernel(
         local_m < M - first_m, K, stride_am, stride_wn, TMA, ACC, EVEN_K, UNROLL, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     # Moved back, so that columns count through all weights, as they do in y.
-    weight_scale_ptr = _chosen(which, weight_scale_1_ptr, weight_scale_2_ptr, weight_scale_3_ptr) - which * N
-    bias_ptr = _chosen(which, bias_1_ptr, bias_2_ptr, bias_3_ptr) - which * N
+    weight_scale_ptr = chosen(which, weight_scale_1_ptr, weight_scale_2_ptr, weight_scale_3_ptr) - which * N
+    bias_ptr = chosen(which, bias_1_ptr, bias_2_ptr, bias_3_ptr) - which * N
     weight_sum_ptr = None
     if zero_point_ptr is not None:
-        weight_sum_ptr = _chosen(which, weight_sum_1_ptr, weight_sum_2_ptr, weight_sum_3_ptr) - which * N
+        weight_sum_ptr = chosen(which, weight_sum_1_ptr, weight_sum_2_ptr, weight_sum_3_ptr) - which * N
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     parts = in_parts(acc, PARTS, BLOCK_M, BLOCK_N)
     for part in tl.static_range(PARTS):
@@ -99,7 +88,11 @@ def int8_gemm_many(
     activation: QuantizedActivation, weights: Sequence[Sequence[Tensor | None]], out_dtype: torch.dtype = torch.float16
 ) -> list[Tensor]:
     """See int8_gemm_many_ref; views of one (M, 3N) tensor, or a launch for each weight where tiles do not divide N."""
-    layers = checked_weights(activation, weights)
+    return launch_gemm_many(activation, checked_weights(activation, weights), out_dtype)
+
+
+def launch_gemm_many(activation: QuantizedActivation, layers: list[LinearWeight], out_dtype: torch.dtype) -> list[Tensor]:
+    """int8_gemm_many of operands that have been checked."""
     qweights = [k_contiguous(layer.qweight) for layer in layers]
     codes = k_contiguous(activation.codes)
     sm = compute_capability(codes.device)
@@ -127,7 +120,7 @@ def _launch(
     sm: int,
 ) -> Tensor:
     """(M, count * N) in one launch."""
-    (M, K), N = codes.shape, qweights[0].shape[0]
+    (M, K), N, dtype = codes.shape, qweights[0].shape[0], codes.dtype
     N_all = len(layers) * N
     y = empty((M, N_all), out_dtype, codes.device)
     strides = (codes.stride(0), qweights[0].stride(0))
@@ -138,7 +131,7 @@ def _launch(
         qweights = [describe(qweight, [design.BLOCK_N, design.BLOCK_K]) for qweight in qweights]
     qweights = [*qweights, *[qweights[-1]] * (MAX_WEIGHTS - len(qweights))]
     has_bias = layers[0].bias is not None
-    constants = design_constants(design, torch.int8, sm)
+    constants = design_constants(design, dtype, sm)
     del constants["SPLIT_K"], constants["PERSISTENT"]
     with on_device(y):
         launch(

@@ -1,6 +1,6 @@
 """Triton kernels of quantize_channel_group: channels are gathered in stored order while they are quantized.
 
-Formula: ../quantize_channel_group.py. A row's channels are read by one program, so that gathering stays within the cache.
+Formula: ../quantize_channel_group.py. A row's channels are read by one program, so that gathering stays within it or the cache.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from ..quantize_static import gather_buckets
 from ..quantize_token import TINY
 from ..repeat import empty, launch
 from ..static_scale import StaticScale
-from .clipping import add_clipped, count
+from .clipping import add_clipped, count, count_beyond
+from .encoding import reciprocal
 from .launch import cdiv, on_device
+from .packed_codes import divided, pack_codes, shifted_ratio
 from .quantize_image import BLOCK_SLICES, _image_scale_kernel
 from .quantize_static import pixel_strides
 from .rounding import dynamic_scale, magnitude, round_half_even
@@ -28,6 +30,10 @@ MAX_BLOCK_K = 2048
 # Where channels are not neighbours in memory (NCHW), pixels are: 32 of them fill a cache line or two.
 STRIDED_BLOCK = (32, 64)
 BLOCK_P, BLOCK_C = 64, 64
+# Rows of so many channels have a program each, and are brought into order in its shared memory. Two warps at least: within one,
+# Triton would exchange values between all its registers.
+LEAST_ROW, MAX_HELD = 256, 8192
+LEAST_WARPS = 2
 
 
 @triton.jit
@@ -49,6 +55,42 @@ def _grouped_slice_absmax_kernel(
         absmax = tl.maximum(absmax, magnitude(x) * factor[None, :])
         x_ptrs += BLOCK_C * stride_xc
     tl.store(absmax_ptr + image * tl.num_programs(0) + tl.program_id(0), tl.max(tl.max(absmax, axis=1), axis=0))
+
+
+@triton.jit
+def _quantize_channel_group_row_kernel(
+    x_ptr, codes_ptr, order_ptr, channel_factor_ptr, scale_ptr, zero_point_ptr, clipped_ptr,
+    P, K, rows_per_scale, stride_xb, stride_xp,
+    DYNAMIC: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, TINY: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One row of neighbouring channels, read once: quantized in memory order, and its codes then brought into stored order."""
+    image = tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0)
+    row = image * P + pixel
+    ks = tl.arange(0, BLOCK_K)
+    inside = ks < K
+    x = tl.load(x_ptr + image * stride_xb + pixel * stride_xp + ks, mask=inside, other=0.0).to(tl.float32)
+    x *= tl.load(channel_factor_ptr + ks, mask=inside, other=0.0)
+    order = tl.load(order_ptr + ks, mask=inside, other=0)
+    zero_point = 0
+    if DYNAMIC:
+        scale = dynamic_scale(tl.max(magnitude(x), axis=0), TINY)
+        tl.store(scale_ptr + row, scale)
+        ratio = divided(x, scale, reciprocal(scale))
+    else:
+        scale = tl.load(scale_ptr + row // rows_per_scale)
+        if HAS_ZERO_POINT:
+            zero_point = tl.load(zero_point_ptr + row // rows_per_scale)
+        ratio = x * reciprocal(scale)  # may be infinite, which the exact division does not bear
+        if clipped_ptr is not None:
+            clipped = count_beyond(ratio[None, :], inside[None, :], zero_point, HAS_ZERO_POINT)
+            add_clipped(clipped_ptr, clipped, P * tl.num_programs(1), (pixel == 0) & (image == 0))
+        if HAS_ZERO_POINT:
+            ratio = tl.where(ratio == ratio, ratio, 0.0)
+        ratio = shifted_ratio(ratio, zero_point, HAS_ZERO_POINT)
+    # As floats: the gather goes through shared memory, whose banks are 4 bytes wide.
+    codes = pack_codes(tl.gather(ratio, order, axis=0), tl.int8)
+    tl.store(codes_ptr + row * K + ks, codes, mask=inside)
 
 
 @triton.jit
@@ -123,7 +165,10 @@ def _image_scale(x: Tensor, groups: ChannelGroups) -> Tensor:
             _grouped_slice_absmax_kernel, (slices, B),
             x, groups.channel_factor, absmax, H * W, C, x.stride(0), stride_p, x.stride(1), BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=8,
         )  # fmt: skip
-        launch(_image_scale_kernel, (B,), absmax, scale, slices, TINY=TINY, BLOCK_SLICES=BLOCK_SLICES, num_warps=1)
+        launch(
+            _image_scale_kernel, (B,),
+            absmax, scale, None, slices, LOW=None, TINY=TINY, IS_FP8=False, BLOCK_SLICES=BLOCK_SLICES, num_warps=1,
+        )  # fmt: skip
     return scale
 
 
@@ -138,18 +183,26 @@ def _store(
     else:
         (P, C), B, shape = x.shape, 1, tuple(x.shape)
         stride_b, stride_p, stride_c = 0, x.stride(0), x.stride(1)
-    if stride_c == 1:
-        block_k = min(triton.next_power_of_2(C), MAX_BLOCK_K)
-        block_p = max(1, min(BLOCK_ELEMENTS // block_k, triton.next_power_of_2(P)))
-    else:
-        block_p, block_k = STRIDED_BLOCK
+    pointers = (scale, scale if zero_point is None else zero_point, clipped)
+    flags = {"DYNAMIC": dynamic, "HAS_ZERO_POINT": zero_point is not None, "TINY": TINY}
     codes = empty(shape, torch.int8, x.device)
+    block_k = triton.next_power_of_2(C)
     with on_device(x):
+        if stride_c == 1 and LEAST_ROW <= C <= MAX_HELD:
+            launch(
+                _quantize_channel_group_row_kernel, (P, B),
+                x, codes, groups.order, groups.channel_factor, *pointers, P, C, rows_per_scale, stride_b, stride_p,
+                **flags, BLOCK_K=block_k, num_warps=max(LEAST_WARPS, min(8, block_k // 512)),
+            )  # fmt: skip
+            return codes
+        if stride_c == 1:
+            block_k = min(block_k, MAX_BLOCK_K)
+            block_p = max(1, min(BLOCK_ELEMENTS // block_k, triton.next_power_of_2(P)))
+        else:
+            block_p, block_k = STRIDED_BLOCK
         launch(
             _quantize_channel_group_kernel, (cdiv(P, block_p), B),
-            x, codes, groups.order, groups.position_factor, groups.channel_factor,
-            scale, scale if zero_point is None else zero_point, clipped,
-            P, C, rows_per_scale, stride_b, stride_p, stride_c,
-            DYNAMIC=dynamic, HAS_ZERO_POINT=zero_point is not None, TINY=TINY, BLOCK_P=block_p, BLOCK_K=block_k, num_warps=4,
+            x, codes, groups.order, groups.position_factor, groups.channel_factor, *pointers,
+            P, C, rows_per_scale, stride_b, stride_p, stride_c, **flags, BLOCK_P=block_p, BLOCK_K=block_k, num_warps=4,
         )  # fmt: skip
     return codes

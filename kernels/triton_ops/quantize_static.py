@@ -10,13 +10,49 @@ from torch import Tensor
 from ..activation import QuantizedActivation
 from ..quantize_static import rows_per_bucket
 from ..repeat import empty, launch
-from .clipping import add_clipped, count
-from .encoding import static_entry
+from .clipping import add_clipped, count, count_beyond
+from .encoding import reciprocal, static_entry
 from .launch import cdiv, on_device
-from .rounding import round_half_even
+from .packed_codes import divided, pack_codes, shifted_ratio
+from .rounding import nearest_code
 
 BLOCK_P = 32
 BLOCK_C = 128
+# Of tensors that lie in the codes' order: the largest that divides what shares a scale.
+FLAT_BLOCKS = (4096, 2048, 1024)
+MAX_FLAT = 2**31  # positions are counted in 32 bits
+
+
+@triton.jit
+def _quantize_flat_kernel(
+    x_ptr, codes_ptr, scale_ptr, zero_point_ptr, table_ptr, zero_table_ptr, bucket_ptr, clipped_ptr,
+    values_per_scale, rows,
+    LOOK_UP: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As _quantize_static_kernel for BLOCK neighbouring values, all of one scale, where codes lie in x's order."""
+    CODES: tl.constexpr = codes_ptr.dtype.element_ty
+    start = tl.program_id(0) * BLOCK
+    places = start + tl.arange(0, BLOCK)[None, :]
+    x = tl.load(x_ptr + places).to(tl.float32)
+    entry = start // values_per_scale
+    if LOOK_UP:
+        first = start % values_per_scale == 0
+        scale, zero_point = static_entry(
+            table_ptr, zero_table_ptr, bucket_ptr, scale_ptr, zero_point_ptr, entry, entry >= 0, first, HAS_ZERO_POINT
+        )
+        ratio = x * reciprocal(scale)  # may be infinite, which the exact division does not bear
+    else:
+        scale = tl.load(scale_ptr + entry)
+        zero_point = tl.load(zero_point_ptr + entry) if HAS_ZERO_POINT else 0
+        ratio = divided(x, scale, reciprocal(scale))
+    if clipped_ptr is not None:
+        clipped = count_beyond(ratio, places >= 0, zero_point, HAS_ZERO_POINT)
+        add_clipped(clipped_ptr, clipped, rows, tl.program_id(0) == 0)
+    if HAS_ZERO_POINT:
+        ratio = tl.where(ratio == ratio, ratio, 0.0)
+    if tl.float8e4nv != CODES:
+        ratio = shifted_ratio(ratio, zero_point, HAS_ZERO_POINT)
+    tl.store(codes_ptr + places, pack_codes(ratio, CODES))
 
 
 @triton.jit
@@ -46,7 +82,8 @@ def _quantize_static_kernel(
         zero_point = tl.zeros((BLOCK_P,), tl.int32)
         if HAS_ZERO_POINT:
             zero_point = tl.load(zero_point_ptr + entry, mask=inside_p, other=0)
-    codes = round_half_even(tl.div_rn(x, tl.broadcast_to(scale[:, None], (BLOCK_P, BLOCK_C))))
+    CODES: tl.constexpr = codes_ptr.dtype.element_ty
+    codes = nearest_code(tl.div_rn(x, tl.broadcast_to(scale[:, None], (BLOCK_P, BLOCK_C))), CODES)
     LOWEST: tl.constexpr = -128 if HAS_ZERO_POINT else -127
     if HAS_ZERO_POINT:
         codes += zero_point[:, None]
@@ -54,8 +91,9 @@ def _quantize_static_kernel(
         beyond = inside & ((codes < LOWEST) | (codes > 127))
         is_first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (image == 0)
         add_clipped(clipped_ptr, count(beyond), P * tl.num_programs(2), is_first)
-    codes = tl.minimum(tl.maximum(codes, LOWEST), 127)
-    tl.store(codes_ptr + rows[:, None] * C + channels[None, :], codes.to(tl.int8), mask=inside)
+    if tl.float8e4nv != CODES:  # these are within their range already
+        codes = tl.minimum(tl.maximum(codes, LOWEST), 127).to(tl.int8)
+    tl.store(codes_ptr + rows[:, None] * C + channels[None, :], codes, mask=inside)
 
 
 def pixel_strides(x: Tensor) -> tuple[Tensor, int]:
@@ -69,15 +107,17 @@ def pixel_strides(x: Tensor) -> tuple[Tensor, int]:
     return x, x.stride(3) if W > 1 else x.stride(2)
 
 
-def quantize_pixels(x: Tensor, scale: Tensor, rows_per_scale: int) -> QuantizedActivation:
-    """Quantize x (M, K) or (B, C, H, W) symmetrically with scale (S,), one entry per rows_per_scale rows."""
-    return _quantize(x, scale, None, rows_per_scale)
+def quantize_pixels(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, rows_per_scale: int, dtype: torch.dtype = torch.int8
+) -> QuantizedActivation:
+    """Quantize x (M, K) or (B, C, H, W) with scale (S,) and zero point (S,) or None, one entry per rows_per_scale rows."""
+    return _quantize(x, scale, zero_point, rows_per_scale, dtype=dtype)
 
 
 def quantize_static(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, bucket: Tensor, clipped: Tensor | None = None
 ) -> QuantizedActivation:
-    """See quantize_static_ref, whose codes and counts these are, bit for bit."""
+    """See quantize_static_ref: its codes and counts but where x / scale is a tie but for fp32's rounding, one value in 10^5."""
     rows_per_scale = rows_per_bucket(x, scale, zero_point, bucket)
     tables = (scale.contiguous(), None if zero_point is None else zero_point.contiguous(), bucket.contiguous())
     entries = empty(bucket.shape, torch.float32, x.device)
@@ -92,6 +132,7 @@ def _quantize(
     rows_per_scale: int,
     tables: tuple[Tensor, Tensor | None, Tensor] | None = None,
     clipped: Tensor | None = None,
+    dtype: torch.dtype = torch.int8,
 ) -> QuantizedActivation:
     """One launch. tables: scale and zero point by bucket, and the buckets; they fill scale and zero_point."""
     if x.ndim == 4:
@@ -101,15 +142,20 @@ def _quantize(
     else:
         (P, C), B, shape = x.shape, 1, tuple(x.shape)
         stride_b, stride_p, stride_c = 0, x.stride(0), x.stride(1)
-    codes = empty(shape, torch.int8, x.device)
+    codes, looks_up = empty(shape, dtype, x.device), tables is not None
     # Placeholders, where the kernel does not read: an absent pointer would be another kernel to compile.
     table, zero_table, bucket = (scale, None, scale) if tables is None else tables
+    tables = (table, table if zero_table is None else zero_table, bucket)
+    pointers = (x, codes, scale, scale if zero_point is None else zero_point, *tables, clipped)
+    flags = {"LOOK_UP": looks_up, "HAS_ZERO_POINT": zero_point is not None}
+    in_order = stride_c == 1 and stride_p == C and (B == 1 or stride_b == P * C) and x.numel() < MAX_FLAT
+    block = next((size for size in FLAT_BLOCKS if in_order and rows_per_scale * C % size == 0), None)
     with on_device(x):
-        launch(
-            _quantize_static_kernel, (cdiv(P, BLOCK_P), cdiv(C, BLOCK_C), B),
-            x, codes, scale, scale if zero_point is None else zero_point,
-            table, table if zero_table is None else zero_table, bucket, clipped,
-            P, C, rows_per_scale, stride_b, stride_p, stride_c,
-            LOOK_UP=tables is not None, HAS_ZERO_POINT=zero_point is not None, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=4,
-        )  # fmt: skip
+        if block is not None:
+            launch(_quantize_flat_kernel, (x.numel() // block,), *pointers, rows_per_scale * C, B * P, **flags, BLOCK=block, num_warps=4)
+        else:
+            launch(
+                _quantize_static_kernel, (cdiv(P, BLOCK_P), cdiv(C, BLOCK_C), B),
+                *pointers, P, C, rows_per_scale, stride_b, stride_p, stride_c, **flags, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=4,
+            )  # fmt: skip
     return QuantizedActivation(codes, scale, zero_point, rows_per_scale)

@@ -10,9 +10,11 @@ from torch import Tensor
 from ..activation import QuantizedActivation
 from ..quantize_token import TINY, check_rows
 from ..repeat import empty, launch
+from .encoding import reciprocal
 from .launch import cdiv, on_device
-from .rounding import dynamic_scale, magnitude, round_half_even
-from .row_parts import load_row, row_warps, rows_per_program, split_row, store_row
+from .packed_codes import divided, pack_codes, row_absmax
+from .rounding import dynamic_scale, magnitude, nearest_code
+from .row_parts import is_even, load_parts, neighbours, row_warps, rows_per_program, split_row, store_row
 
 # Longer rows do not fit in registers.
 MAX_HELD = 8192
@@ -25,18 +27,19 @@ RUNTIME_ONLY = ["M"]
 def _quantize_token_kernel(
     x_ptr, codes_ptr, scale_ptr,
     M, K, stride_xm,
-    TINY: tl.constexpr, BLOCK_M: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    TINY: tl.constexpr, BLOCK_M: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, EVEN: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
+    CODES: tl.constexpr = codes_ptr.dtype.element_ty
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside_m = rows < M
     inside = inside_m[:, None]
-    head, tail = load_row(x_ptr + rows[:, None] * stride_xm, K, inside, HEAD, TAIL)
-    absmax = tl.maximum(tl.max(magnitude(head), axis=1), tl.max(magnitude(tail), axis=1))
-    scale = dynamic_scale(absmax, TINY)
+    head, tail = load_parts(x_ptr + rows[:, None] * stride_xm, K, inside, HEAD, TAIL, EVEN, VECTOR)
+    scale = dynamic_scale(row_absmax(head, tail), TINY, CODES)
     tl.store(scale_ptr + rows, scale, mask=inside_m)
-    head = round_half_even(tl.div_rn(head, tl.broadcast_to(scale[:, None], (BLOCK_M, HEAD))))
-    tail = round_half_even(tl.div_rn(tail, tl.broadcast_to(scale[:, None], (BLOCK_M, TAIL))))
-    store_row(codes_ptr + rows[:, None] * K, K, inside, head, tail, HEAD, TAIL)
+    scale, inverse = scale[:, None], reciprocal(scale)[:, None]
+    head = pack_codes(divided(head.to(tl.float32), scale, inverse), CODES)
+    tail = pack_codes(divided(tail.to(tl.float32), scale, inverse), CODES)
+    store_row(codes_ptr + rows[:, None] * K, K, inside, head, tail, HEAD, TAIL, EVEN, VECTOR)
 
 
 @triton.jit
@@ -47,21 +50,21 @@ def _quantize_long_token_kernel(x_ptr, codes_ptr, scale_ptr, K, stride_xm, TINY:
     for k in range(0, K, BLOCK_K):
         x = tl.load(x_ptr + row * stride_xm + k + columns, mask=columns < K - k, other=0.0)
         absmax = tl.maximum(absmax, tl.max(magnitude(x), axis=0))
-    scale = dynamic_scale(absmax, TINY)
+    scale = dynamic_scale(absmax, TINY, codes_ptr.dtype.element_ty)
     tl.store(scale_ptr + row, scale)
     # The second reading comes from the cache: a row is a few dozen KiB.
     for k in range(0, K, BLOCK_K):
         x = tl.load(x_ptr + row * stride_xm + k + columns, mask=columns < K - k, other=0.0).to(tl.float32)
-        codes = round_half_even(tl.div_rn(x, tl.full((BLOCK_K,), scale, tl.float32)))
-        tl.store(codes_ptr + row * K + k + columns, codes.to(tl.int8), mask=columns < K - k)
+        codes = nearest_code(tl.div_rn(x, tl.full((BLOCK_K,), scale, tl.float32)), codes_ptr.dtype.element_ty)
+        tl.store(codes_ptr + row * K + k + columns, codes.to(codes_ptr.dtype.element_ty), mask=columns < K - k)
 
 
-def quantize_token(x: Tensor) -> QuantizedActivation:
+def quantize_token(x: Tensor, dtype: torch.dtype = torch.int8) -> QuantizedActivation:
     """See quantize_token_ref, whose codes and scales these are, bit for bit."""
     check_rows(x, "quantize_token")
     x = x if x.stride(1) == 1 else x.contiguous()
     M, K = x.shape
-    codes = empty((M, K), torch.int8, x.device)
+    codes = empty((M, K), dtype, x.device)
     scale = empty((M,), torch.float32, x.device)
     with on_device(x):
         if K <= MAX_HELD:
@@ -69,7 +72,8 @@ def quantize_token(x: Tensor) -> QuantizedActivation:
             block_m = rows_per_program(K)
             launch(
                 _quantize_token_kernel, (cdiv(M, block_m),),
-                x, codes, scale, M, K, x.stride(0), TINY=TINY, BLOCK_M=block_m, HEAD=head, TAIL=tail, num_warps=row_warps(K),
+                x, codes, scale, M, K, x.stride(0), TINY=TINY, BLOCK_M=block_m, HEAD=head, TAIL=tail, EVEN=is_even(K), VECTOR=neighbours(K),
+                num_warps=row_warps(K),
             )  # fmt: skip
         else:
             launch(_quantize_long_token_kernel, (M,), x, codes, scale, K, x.stride(0), TINY=TINY, BLOCK_K=BLOCK_K, num_warps=4)

@@ -33,26 +33,62 @@ def rows_per_program(length: int) -> int:
     return max(1, VALUES_PER_PROGRAM // triton.next_power_of_2(length))
 
 
+def is_even(length: int) -> bool:
+    """Whether loads and stores need no masks: both parts are full, and so is the program's block of rows."""
+    return length == sum(split_row(length)) and rows_per_program(length) == 1
+
+
+def neighbours(length: int) -> int:
+    """How many neighbouring values a thread has of either part, as VECTOR: 8 at 1280, 4 at 640.
+
+    Left to itself Triton takes as many as fill 16 bytes of what is loaded or stored, 8 or 16: then every part and every
+    type has a layout of its own, and a third of the instructions exchange values between threads.
+    """
+    tail = split_row(length)[1] * rows_per_program(length)
+    return max(1, min(8, tail // (32 * row_warps(length))))
+
+
 @triton.jit
-def load_row(row_ptr, length, inside, HEAD: tl.constexpr, TAIL: tl.constexpr):
-    """Both parts as fp32, 0 outside. row_ptr: (rows, 1) pointers to contiguous values. inside: (rows, 1)."""
-    head = tl.load(row_ptr + tl.arange(0, HEAD)[None, :], mask=inside, other=0.0)
-    in_tail = inside & (tl.arange(0, TAIL)[None, :] < length - HEAD)
-    tail = tl.load(row_ptr + HEAD + tl.arange(0, TAIL)[None, :], mask=in_tail, other=0.0)
+def load_parts(row_ptr, length, inside, HEAD: tl.constexpr, TAIL: tl.constexpr, EVEN: tl.constexpr = False, VECTOR: tl.constexpr = 8):
+    """Both parts in their own type, 0 outside. row_ptr: (rows, 1) pointers to contiguous values. inside: (rows, 1).
+
+    EVEN, VECTOR: see is_even and neighbours.
+    """
+    head_ptr = tl.max_contiguous(row_ptr + tl.arange(0, HEAD)[None, :], (1, VECTOR))
+    tail_ptr = tl.max_contiguous(row_ptr + HEAD + tl.arange(0, TAIL)[None, :], (1, VECTOR))
+    if EVEN:
+        head = tl.load(head_ptr)
+        tail = tl.load(tail_ptr)
+    else:
+        head = tl.load(head_ptr, mask=inside, other=0.0)
+        tail = tl.load(tail_ptr, mask=inside & (tl.arange(0, TAIL)[None, :] < length - HEAD), other=0.0)
+    return head, tail
+
+
+@triton.jit
+def load_row(row_ptr, length, inside, HEAD: tl.constexpr, TAIL: tl.constexpr, EVEN: tl.constexpr = False, VECTOR: tl.constexpr = 8):
+    """As load_parts, as fp32."""
+    head, tail = load_parts(row_ptr, length, inside, HEAD, TAIL, EVEN, VECTOR)
     return head.to(tl.float32), tail.to(tl.float32)
 
 
 @triton.jit
-def load_vector(vector_ptr, length, HEAD: tl.constexpr, TAIL: tl.constexpr):
+def load_vector(vector_ptr, length, HEAD: tl.constexpr, TAIL: tl.constexpr, EVEN: tl.constexpr = False, VECTOR: tl.constexpr = 8):
     """Both parts of a vector shared by all rows, as fp32 (1, HEAD) and (1, TAIL)."""
-    head = tl.load(vector_ptr + tl.arange(0, HEAD))
-    tail = tl.load(vector_ptr + HEAD + tl.arange(0, TAIL), mask=tl.arange(0, TAIL) < length - HEAD, other=0.0)
-    return head.to(tl.float32)[None, :], tail.to(tl.float32)[None, :]
+    return load_row(vector_ptr, length, tl.full((1, 1), 1, tl.int1), HEAD, TAIL, EVEN, VECTOR)
 
 
 @triton.jit
-def store_row(row_ptr, length, inside, head, tail, HEAD: tl.constexpr, TAIL: tl.constexpr):
+def store_row(
+    row_ptr, length, inside, head, tail, HEAD: tl.constexpr, TAIL: tl.constexpr, EVEN: tl.constexpr = False, VECTOR: tl.constexpr = 8
+):
     """Both parts, converted to the pointer's type."""
-    tl.store(row_ptr + tl.arange(0, HEAD)[None, :], head.to(row_ptr.dtype.element_ty), mask=inside)
-    in_tail = inside & (tl.arange(0, TAIL)[None, :] < length - HEAD)
-    tl.store(row_ptr + HEAD + tl.arange(0, TAIL)[None, :], tail.to(row_ptr.dtype.element_ty), mask=in_tail)
+    head_ptr = tl.max_contiguous(row_ptr + tl.arange(0, HEAD)[None, :], (1, VECTOR))
+    tail_ptr = tl.max_contiguous(row_ptr + HEAD + tl.arange(0, TAIL)[None, :], (1, VECTOR))
+    head, tail = head.to(row_ptr.dtype.element_ty), tail.to(row_ptr.dtype.element_ty)
+    if EVEN:
+        tl.store(head_ptr, head)
+        tl.store(tail_ptr, tail)
+    else:
+        tl.store(head_ptr, head, mask=inside)
+        tl.store(tail_ptr, tail, mask=inside & (tl.arange(0, TAIL)[None, :] < length - HEAD))

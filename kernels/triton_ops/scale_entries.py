@@ -31,14 +31,21 @@ class ScaleEntries:
 
 
 def scale_entries(
-    operation: str, static: StaticScale | None, rows: int, units: int, dynamic_rows_per_scale: int, device: torch.device
+    operation: str,
+    static: StaticScale | None,
+    rows: int,
+    units: int,
+    dynamic_rows_per_scale: int,
+    device: torch.device,
+    dynamic_zero_point: bool = False,
 ) -> ScaleEntries:
     """The entries of `static` (samples in whole `units`), or empty ones of dynamic_rows_per_scale rows each."""
     rows_per_scale = dynamic_rows_per_scale if static is None else static.rows_per_scale(operation, rows, units)
     entries = rows // rows_per_scale
     scale = empty((entries,), torch.float32, device)
     if static is None:
-        return ScaleEntries(scale, None, rows_per_scale, (scale, scale, scale))
+        zero_point = empty((entries,), torch.int32, device) if dynamic_zero_point else None
+        return ScaleEntries(scale, zero_point, rows_per_scale, (scale, scale, scale))
     has_zero_point = static.zero_point is not None
     zero_point = empty((entries,), torch.int32, device) if has_zero_point else None
     tables = (static.scale, static.zero_point if has_zero_point else static.scale, static.bucket)

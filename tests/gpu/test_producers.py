@@ -13,10 +13,15 @@ import torch
 from stepquant.kernels import dispatch
 from stepquant.kernels.activation import QuantizedActivation
 from stepquant.kernels.backend import Backend
+from stepquant.kernels.channel_group import channel_groups
 from stepquant.kernels.dispatch import StaticScale
 from stepquant.kernels.geglu_quantize import geglu_quantize_ref
 from stepquant.kernels.group_norm_silu_quantize import group_norm_silu_quantize_ref
 from stepquant.kernels.layer_norm_quantize import layer_norm_quantize_ref
+from stepquant.kernels.quantize_channel_group import quantize_channel_group_ref
+from stepquant.kernels.quantize_joined import quantize_joined_ref
+from stepquant.kernels.quantize_static import quantize_static_ref
+from stepquant.kernels.quantize_token import quantize_token_ref
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or dispatch.choose_backend("cuda").backend is not Backend.TRITON,
@@ -77,6 +82,47 @@ def test_group_norm_silu_quantize_equals_the_reference_on_sdxl_shapes(shape, is_
         assert (actual.codes.flatten(1).int().abs().amax(1) == 127).all()
 
 
+@pytest.mark.parametrize("shape", [(2048, 1280), (2048, 5120), (8192, 640), (8192, 2560), (77, 333)], ids=str)
+def test_quantize_token_equals_the_reference_bit_for_bit_on_sdxl_shapes(shape):
+    """The kernel divides by a product and a correction, which the interpreter cannot show."""
+    x = normal(*shape) * normal(shape[0], 1, seed=1).exp()
+    actual, expected = dispatch.quantize_token(x), quantize_token_ref(x)
+    assert torch.equal(actual.codes, expected.codes) and torch.equal(actual.scale, expected.scale)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "zero_point"])
+@pytest.mark.parametrize("shape", [(2048, 1280), (8192, 640), (78, 333)], ids=str)
+def test_quantize_static_equals_the_reference_on_sdxl_shapes(shape, asymmetric):
+    scale, x = static(torch.tensor([3, 60], device=DEVICE), asymmetric), normal(*shape)
+    x[5, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), 6e4])
+    counts = [torch.zeros(2, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+    actual = dispatch.quantize_static(x, scale.scale, scale.zero_point, scale.bucket, counts[0])
+    expected = quantize_static_ref(x, scale.scale, scale.zero_point, scale.bucket, counts[1])
+    assert_close(actual, expected)
+    assert torch.equal(actual.codes[5, :4], expected.codes[5, :4])
+    assert counts[0].tolist() == counts[1].tolist()
+
+
+@pytest.mark.parametrize("is_static", [False, True], ids=["token", "static"])
+@pytest.mark.parametrize(("side", "first", "second"), [(128, 640, 320), (64, 1280, 640), (32, 1280, 1280), (5, 40, 24)])
+def test_quantize_joined_equals_the_reference_on_sdxl_shapes(side, first, second, is_static):
+    images = [normal(2, C, side, side, seed=C).contiguous(memory_format=torch.channels_last) for C in (first, second)]
+    scale = static(torch.tensor([3, 60], device=DEVICE)) if is_static else None
+    actual, expected = dispatch.quantize_joined(*images, scale), quantize_joined_ref(*images, scale)
+    assert_close(actual, expected, 0.0)
+    assert is_static or torch.equal(actual.codes, expected.codes)
+
+
+@pytest.mark.parametrize("shape", [(2048, 1280), (2048, 5120), (77, 640)], ids=str)
+def test_quantize_channel_group_equals_the_reference_on_sdxl_shapes(shape):
+    M, K = shape
+    order = torch.randperm(K, generator=torch.Generator().manual_seed(1)).int()
+    groups = channel_groups(order, torch.arange(K // 128).clamp(max=3).flip(0), 128).to(torch.device(DEVICE, 0))
+    x = normal(M, K)
+    actual, expected = dispatch.quantize_channel_group(x, groups), quantize_channel_group_ref(x, groups)
+    assert torch.equal(actual.codes, expected.codes) and torch.equal(actual.scale, expected.scale)
+
+
 def step_of(bucket: torch.Tensor) -> Callable[[], list[QuantizedActivation]]:
     """Every producer once, static and dynamic, on fixed tensors."""
     x, images, skip = normal(2048, 640), normal(2, 640, 32, 32, seed=1), normal(2, 320, 32, 32, seed=2)
@@ -92,6 +138,8 @@ def step_of(bucket: torch.Tensor) -> Callable[[], list[QuantizedActivation]]:
             dispatch.geglu_quantize(x, scale),
             *dispatch.group_norm_silu_quantize([images, skip], weight, bias),
             *dispatch.group_norm_silu_quantize([images, skip], weight, bias, static=[scale, scale], joined=False),
+            dispatch.quantize_joined(images, skip),
+            dispatch.quantize_joined(images, skip, scale),
             *dispatch.group_norm_silu_quantize([images], weight[:640], bias[:640], silu=False, dynamic=dispatch.DynamicScale.TOKEN),
         ]
 

@@ -78,8 +78,9 @@ def quantizers() -> list[tuple[str, Any, Launch]]:
     counters = torch.empty(2, dtype=torch.int32)
     static = StaticScale(torch.empty(64), torch.empty(64, dtype=torch.int32), torch.empty(2, dtype=torch.int64), counters)
     store, absmax = "_quantize_channel_group_kernel", "_grouped_slice_absmax_kernel"
-    found = record("quantize token", quantize, store, lambda: quantize.quantize_channel_group(rows, groups(1280, 64)))
-    found += record("quantize static", quantize, store, lambda: quantize.quantize_channel_group(rows, groups(1280, 64), static))
+    row = "_quantize_channel_group_row_kernel"
+    found = record("quantize token", quantize, row, lambda: quantize.quantize_channel_group(rows, groups(1280, 64)))
+    found += record("quantize static", quantize, row, lambda: quantize.quantize_channel_group(rows, groups(1280, 64), static))
 
     def quantize_image() -> None:
         quantize.quantize_channel_group(image, groups(320, 64))

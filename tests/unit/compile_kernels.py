@@ -23,11 +23,29 @@ from kernel_launches import Launch, launches, quantizer_launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from stepquant.kernels.backend import FP8_MIN_SM
 from stepquant.kernels.sdxl_products import PRODUCTS
-from stepquant.kernels.triton_ops import conv_kernel, gemm_kernel, int8_geglu_gemm, quantize_image, quantize_static, quantize_token
-from stepquant.kernels.triton_ops.fp8_gemm import FP8_MIN_SM
+from stepquant.kernels.triton_ops import (
+    conv_kernel,
+    gemm_kernel,
+    int8_geglu_gemm,
+    int8_pixel_conv2d,
+    quantize_image,
+    quantize_pixel,
+    quantize_static,
+    quantize_token,
+)
 
-MODULES = (gemm_kernel, conv_kernel, int8_geglu_gemm, quantize_token, quantize_static, quantize_image)
+MODULES = (
+    gemm_kernel,
+    conv_kernel,
+    int8_geglu_gemm,
+    quantize_token,
+    quantize_static,
+    quantize_image,
+    quantize_pixel,
+    int8_pixel_conv2d,
+)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 QUANTIZER = "fp16"  # in the place of a product's dtype
 # Shared memory that a program can have, in bytes.

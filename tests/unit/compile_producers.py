@@ -20,17 +20,24 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from stepquant.kernels.quantize_token import TINY
-from stepquant.kernels.triton_ops import geglu_quantize, group_norm_silu_quantize, group_norm_statistics, layer_norm_quantize
-from stepquant.kernels.triton_ops.row_parts import row_warps, split_row
+from stepquant.kernels.triton_ops import (
+    geglu_quantize,
+    group_norm_silu_quantize,
+    group_norm_statistics,
+    layer_norm_quantize,
+    quantize_joined,
+)
+from stepquant.kernels.triton_ops.row_parts import neighbours, row_warps, split_row
 
 POINTERS = {
     "x_ptr": "*fp16", "weight_ptr": "*fp16", "bias_ptr": "*fp16", "codes_ptr": "*i8", "float_ptr": "*fp16", "scale_ptr": "*fp32",
     "zero_point_ptr": "*i32", "table_ptr": "*fp32", "zero_table_ptr": "*i32", "bucket_ptr": "*i64", "moments_ptr": "*fp32",
-    "affine_ptr": "*fp32", "absmax_ptr": "*fp32", "clipped_ptr": "*i32",
+    "first_ptr": "*fp16", "second_ptr": "*fp16", "affine_ptr": "*fp32", "absmax_ptr": "*fp32", "clipped_ptr": "*i32",
 }  # fmt: skip
 # What SDXL's shapes make multiples of 16, which Triton then knows.
 MULTIPLES_OF_16 = ("M", "N", "K", "C", "P", "C_total", "channel_offset", "seam", "rows_per_scale", "stride_xm", "stride_xb", "stride_xp",
-                   "stride_cm", "stride_moment", "stride_affine", "pixels_per_slice", "clipped_rows")  # fmt: skip
+                   "stride_cm", "stride_moment", "stride_affine", "pixels_per_slice", "clipped_rows",
+                   "stride_first_b", "stride_first_p", "stride_second_b", "stride_second_p")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,14 @@ class Case:
 
 def row_case(label: str, function: Any, length: int, **constants: Any) -> Case:
     head, tail = split_row(length)
-    return Case(f"{label} {length}", function, constants | {"TINY": TINY, "HEAD": head, "TAIL": tail}, row_warps(length))
+    vector = {"VECTOR": neighbours(length)} if "VECTOR" in function.arg_names else {}
+    return Case(f"{label} {length}", function, constants | {"TINY": TINY, "HEAD": head, "TAIL": tail} | vector, row_warps(length))
+
+
+def joined_case(label: str, first: int, second: int) -> Case:
+    parts = zip(("FIRST_HEAD", "FIRST_TAIL", "SECOND_HEAD", "SECOND_TAIL"), (*split_row(first), *split_row(second)), strict=True)
+    constants = dict(parts) | {"TINY": TINY, "EVEN": True, "VECTOR": quantize_joined.vector_of(first, second)}
+    return Case(f"{label} {first}+{second}", quantize_joined._joined_token_kernel, constants, row_warps(first + second))
 
 
 def cases() -> list[Case]:
@@ -55,22 +69,32 @@ def cases() -> list[Case]:
     token = {"STATIC": False, "HAS_ZERO_POINT": False, "clipped_ptr": None}
     static = {"STATIC": True, "HAS_ZERO_POINT": True}  # with counters, as ComfyUI's host has them
     apply = norm._normalize_quantize_kernel
-    groups = {"SILU": True, "BOUND": True, "BLOCK_SLICES": statistics.BLOCK_SLICES}
-    moments = {"stride_xc": 1, "BLOCK_P": statistics.BLOCK_P, "BLOCK_C": statistics.BLOCK_C}
+    groups = {"SILU": True, "BOUND": True, "LARGEST": False, "BLOCK_SLICES": statistics.FEW_SLICES}
+    moments = {"stride_xc": 1, "MANY": False, "STEPS": statistics.STEPS, "BLOCK_P": statistics.BLOCK_P, "BLOCK_C": statistics.BLOCK_C}
+    joined = {"HAS_ZERO_POINT": True, "BLOCK_P": quantize_joined.BLOCK_P, "BLOCK_C": quantize_joined.BLOCK_C}
     return [
-        row_case("layer norm token", layer_norm, 1280, BLOCK_M=1, KEEP_FLOAT=False, **token),
-        row_case("layer norm static, floats too", layer_norm, 1280, BLOCK_M=1, KEEP_FLOAT=True, **static),
-        row_case("layer norm token", layer_norm, 640, BLOCK_M=1, KEEP_FLOAT=False, **token),
+        Case("joined static", quantize_joined._joined_static_kernel, joined | {"EVEN": True}, 4),
+        Case("joined static, uneven", quantize_joined._joined_static_kernel, joined | {"EVEN": False}, 4),
+        joined_case("joined token", 640, 320),
+        joined_case("joined token", 1280, 1280),
+        row_case("layer norm token", layer_norm, 1280, BLOCK_M=1, EVEN=True, KEEP_FLOAT=False, **token),
+        row_case("layer norm token", layer_norm, 1279, BLOCK_M=1, EVEN=False, KEEP_FLOAT=False, **token),
+        row_case("layer norm static, floats too", layer_norm, 1280, BLOCK_M=1, EVEN=True, KEEP_FLOAT=True, **static),
+        row_case("layer norm token", layer_norm, 640, BLOCK_M=1, EVEN=True, KEEP_FLOAT=False, **token),
         row_case("geglu token", geglu, 5120, BLOCK_M=1, **token),
         row_case("geglu static", geglu, 5120, BLOCK_M=1, **static),
         row_case("geglu token", geglu, 2560, BLOCK_M=1, **token),
-        Case("group norm moments", statistics._channel_moments_kernel, moments, 4),
+        Case("group norm moments", statistics._channel_moments_kernel, moments | {"BOUND": False, "EVEN": True}, 4),
+        Case("group norm moments and ends", statistics._channel_moments_kernel, moments | {"BOUND": True, "EVEN": True}, 4),
+        Case("group norm moments, uneven", statistics._channel_moments_kernel, moments | {"BOUND": True, "EVEN": False, "MANY": True}, 4),
         Case("group norm affine 2560", statistics._group_affine_kernel, groups | {"BLOCK_G": 128}, 4),
-        Case("group norm affine 640", statistics._group_affine_kernel, groups | {"BLOCK_G": 32}, 4),
+        Case("group norm affine above the dip", statistics._group_affine_kernel, groups | {"LARGEST": True, "BLOCK_G": 128}, 4),
+        Case("group norm affine 640", statistics._group_affine_kernel, groups | {"BLOCK_G": 32, "BLOCK_SLICES": statistics.MAX_SLICES}, 4),
         Case("group norm silu image", apply, tile | token | {"stride_xc": 1}, norm.NUM_WARPS),
+        Case("group norm silu image above the dip", apply, tile | token | {"HAS_ZERO_POINT": True, "stride_xc": 1}, norm.NUM_WARPS),
         Case("group norm silu static", apply, tile | static | {"stride_xc": 1}, norm.NUM_WARPS),
         Case("group norm silu static NCHW", apply, tile | static | {"stride_xp": 1}, norm.NUM_WARPS),
-        row_case("group norm token", norm._normalize_quantize_token_kernel, 1280, SILU=False),
+        row_case("group norm token", norm._normalize_quantize_token_kernel, 1280, SILU=False, EVEN=True),
     ]
 
 

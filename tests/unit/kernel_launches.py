@@ -19,13 +19,15 @@ from stepquant.benchmarks.product_calls import call_arguments, launcher, only_in
 from stepquant.kernels.sdxl_products import SdxlProduct
 from stepquant.kernels.triton_ops import (
     conv_kernel,
-    fp8_conv2d,
+    fp8_geglu_gemm,
     fp8_gemm,
     gemm_kernel,
     int8_conv2d,
     int8_geglu_gemm,
     int8_gemm,
+    int8_pixel_conv2d,
     quantize_image,
+    quantize_pixel,
     quantize_static,
     quantize_token,
 )
@@ -113,7 +115,10 @@ def recording(sm: int) -> Iterator[list[Recorder]]:
         stack.enter_context(mock.patch.object(int8_gemm, "_gemm_kernel", recorders[0]))
         stack.enter_context(mock.patch.object(int8_conv2d, "_conv2d_kernel", recorders[1]))
         stack.enter_context(mock.patch.object(int8_geglu_gemm, "_geglu_gemm_kernel", recorders[2]))
-        for module in (int8_gemm, int8_geglu_gemm, int8_conv2d, fp8_gemm, fp8_conv2d):
+        stack.enter_context(
+            mock.patch.object(quantize_token, "_quantize_token_kernel", Recorder(quantize_token._quantize_token_kernel, []))
+        )
+        for module in (int8_gemm, int8_geglu_gemm, int8_conv2d, fp8_gemm, fp8_geglu_gemm):
             stack.enter_context(mock.patch.object(module, "compute_capability", lambda device: sm))
         yield recorders
 
@@ -132,11 +137,13 @@ def launches(products: list[SdxlProduct], sm: int, dtype: str = "int8", static: 
 
 
 def quantizer_launches() -> list[Launch]:
-    """The compiled kernels that quantize SDXL's fp16 tensors."""
+    """The compiled kernels that quantize SDXL's fp16 tensors, and the convolution whose tiles are not tuned."""
     kernels = {
         quantize_token: ["_quantize_token_kernel"],
-        quantize_static: ["_quantize_static_kernel"],
+        quantize_static: ["_quantize_static_kernel", "_quantize_flat_kernel"],
         quantize_image: ["_slice_absmax_kernel", "_image_scale_kernel"],
+        quantize_pixel: ["_quantize_pixel_kernel"],
+        int8_pixel_conv2d: ["_pixel_conv2d_kernel"],
     }
     with contextlib.ExitStack() as stack, torch.device("meta"):
         recorders = []
@@ -145,8 +152,23 @@ def quantizer_launches() -> list[Launch]:
                 recorders.append(Recorder(getattr(module, name), getattr(module, "RUNTIME_ONLY", [])))
                 stack.enter_context(mock.patch.object(module, name, recorders[-1]))
         image = torch.empty(2, 320, 128, 128, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
-        quantize_token.quantize_token(torch.empty(2048, 1280, dtype=torch.float16))
+        for width, dtype in (
+            (1280, torch.float16),
+            (1280, torch.bfloat16),
+            (1280, torch.float32),
+            (5120, torch.float16),
+            (333, torch.float16),
+        ):
+            quantize_token.quantize_token(torch.empty(2048, width, dtype=dtype))
         quantize_image.quantize_image(image)
+        quantize_image.quantize_image(image, -0.25)
+        sums = torch.empty(16, 640, dtype=torch.int32)
+        for low in (None, -0.25):
+            pixels = quantize_pixel.quantize_pixel(image, low)
+            qweight = torch.empty(640, 3, 3, 320, dtype=torch.int8)
+            int8_pixel_conv2d.int8_pixel_conv2d(pixels, qweight, torch.empty(640), None if low is None else sums)
         bucket = torch.empty(2, dtype=torch.int64)
-        quantize_static.quantize_static(image, torch.empty(64), torch.empty(64, dtype=torch.int32), bucket)
+        for x in (image, image.contiguous()):
+            quantize_static.quantize_static(x, torch.empty(64), torch.empty(64, dtype=torch.int32), bucket)
+        quantize_static.quantize_static(torch.empty(2048, 1280, dtype=torch.float16), torch.empty(64), None, bucket)
     return list(dict.fromkeys(launch for recorder in recorders for launch in recorder.launches))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stepquant.kernels import backend, dispatch
-from stepquant.kernels.backend import Backend, BackendChoice
+from stepquant.kernels.backend import Backend, BackendChoice, choose_backend, choose_fp8_backend
 from stepquant.kernels.describe import describe
 
 
@@ -191,3 +191,18 @@ def test_dispatch_unrolls_where_triton_compiles_int8_badly(triton_device):
     assert [unroll_factor(sm, "3.7.1") for sm in (80, 89, 90)] == [1, 1, 1]
     assert [unroll_factor(sm, "3.8.0") for sm in (80, 89, 90, 120)] == [2, 2, 1, 1]
     assert unroll_factor(86, "3.10.0+git123") == 2
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((8, 6), Backend.DEQUANTIZED), ((8, 9), Backend.TRITON), ((9, 0), Backend.TRITON)])
+def test_fp8_layers_run_dequantized_and_say_so_where_the_gpu_has_no_fp8(pretend_gpu, caplog, capability, expected):
+    pretend_gpu(capability)
+    assert choose_backend("cuda:0").backend is Backend.TRITON
+    assert choose_fp8_backend("cuda:0").backend is expected
+    choose_fp8_backend("cuda:0")
+    said = [record for record in caplog.records if "fp8" in record.getMessage()]
+    assert len(said) == (expected is Backend.DEQUANTIZED)
+    assert all("w8a8-token" in record.getMessage() for record in said)
+
+
+def test_fp8_layers_run_the_reference_on_the_cpu():
+    assert choose_fp8_backend("cpu").backend is Backend.REFERENCE

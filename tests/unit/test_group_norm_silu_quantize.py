@@ -11,6 +11,7 @@ from stepquant.kernels import dispatch
 from stepquant.kernels.activation import QuantizedActivation
 from stepquant.kernels.dispatch import DynamicScale
 from stepquant.kernels.group_norm_silu_quantize import SILU_DIP, SILU_DIP_DEPTH, activated_absmax, group_norm_silu_quantize_ref
+from stepquant.kernels.quantize_image import quantize_image_ref
 from stepquant.kernels.static_scale import StaticScale
 
 # The interpreter computes lanes that no pixel needs, and NumPy warns of what they hold.
@@ -112,9 +113,10 @@ def test_group_norm_silu_quantize_reference_matches_float64(silu, generator):
         {"silu": False},
         {"dynamic": DynamicScale.TOKEN, "silu": False},
         {"dynamic": DynamicScale.TOKEN},
+        {"dynamic": DynamicScale.SILU_IMAGE},
         {"scales": [([3, 60], False)]},
     ],
-    ids=["image", "plain image", "plain token", "token", "static per sample"],
+    ids=["image", "plain image", "plain token", "token", "image with zero point", "static per sample"],
 )
 def test_group_norm_silu_quantize_kernels_equal_the_reference(options, generator, triton_device):
     B = 2 if "scales" in options else 1  # images take the interpreter long
@@ -123,6 +125,47 @@ def test_group_norm_silu_quantize_kernels_equal_the_reference(options, generator
     ((actual, expected),) = run_both(segments, weight, bias, triton_device, **options)
     assert_close(actual, expected)
     assert torch.equal(segments[0], before)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7), (1, 1, 9)], ids=str)
+def test_group_norm_silu_quantize_above_silus_dip_matches_float64(shape, generator):
+    segments, weight, bias = operands(shape, (64, 32), generator)
+    exact = exact_result(segments, weight, bias)
+    (activation,) = group_norm_silu_quantize_ref(segments, weight, bias, dynamic=DynamicScale.SILU_IMAGE)
+    scale = (exact.amax((1, 2, 3)) + SILU_DIP_DEPTH) / 255
+    torch.testing.assert_close(activation.scale.double(), scale, rtol=1e-5, atol=0)
+    assert torch.equal(activation.zero_point.double(), (SILU_DIP_DEPTH / scale).round() - 128)
+    apart = (activation.dequantize(torch.float64).permute(0, 3, 1, 2) - exact).abs()
+    assert (apart <= 1.01 * scale.view(-1, 1, 1, 1)).all() and float((apart > 0.51 * scale.view(-1, 1, 1, 1)).double().mean()) < 0.02
+
+
+def test_group_norm_silu_quantize_above_silus_dip_gives_each_segment_its_zero_point(generator, triton_device):
+    segments, weight, bias = operands((1, 4, 5), (40, 24), generator)
+    weight[40:] *= 3
+    outputs = run_both(segments, weight, bias, triton_device, joined=False, dynamic=DynamicScale.SILU_IMAGE)
+    for actual, expected in outputs:
+        assert_close(actual, expected)
+    assert outputs[0][1].zero_point != outputs[1][1].zero_point
+
+
+def test_group_norm_silu_quantize_above_silus_dip_is_what_quantize_image_makes_of_the_activated_image(generator):
+    (x,), weight, bias = operands((2, 5, 7), (64,), generator, torch.float32)
+    (fused,) = group_norm_silu_quantize_ref([x], weight, bias, dynamic=DynamicScale.SILU_IMAGE)
+    one_by_one = quantize_image_ref(functional.silu(functional.group_norm(x, 32, weight, bias, 1e-5)), -SILU_DIP_DEPTH)
+    assert torch.equal(fused.codes, one_by_one.codes) and torch.equal(fused.zero_point, one_by_one.zero_point)
+
+
+def test_group_norm_silu_quantize_of_an_image_below_zero_has_its_zero_at_the_top(generator, triton_device):
+    (x,), weight, _ = operands((1, 3, 4), (64,), generator)
+    ((actual, expected),) = run_both([x], weight * 0.01, torch.full((64,), -5.0).half(), triton_device, dynamic=DynamicScale.SILU_IMAGE)
+    assert expected.zero_point.tolist() == [127] and expected.scale.tolist() == pytest.approx([SILU_DIP_DEPTH / 255])
+    assert_close(actual, expected)
+
+
+def test_group_norm_silu_quantize_refuses_silus_dip_without_silu(generator):
+    segments, weight, bias = operands((1, 4, 5), (64,), generator)
+    with pytest.raises(LayoutError, match="without SiLU"):
+        group_norm_silu_quantize_ref(segments, weight, bias, silu=False, dynamic=DynamicScale.SILU_IMAGE)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "crop", "bf16"])
@@ -154,6 +197,14 @@ def test_group_norm_silu_quantize_kernels_add_slices_of_a_large_image(generator,
     (x,), weight, bias = operands((1, 41, 31), (32,), generator)  # 40 slices of 32 pixels, the last one partly outside
     x[:, :, 20:] += 300  # slices of different means, far larger than the deviations
     ((actual, expected),) = run_both([x], weight, bias, triton_device, scales=[([7],)])
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("is_static", [False, True], ids=["image", "static"])
+def test_group_norm_silu_quantize_kernels_take_several_slices_per_program_where_there_are_many(is_static, generator, triton_device):
+    (x,), weight, bias = operands((1, 130, 127), (32,), generator)  # 16,510 pixels: 33 slices of 512, the last of 126
+    x[:, :, 60:] += 300
+    ((actual, expected),) = run_both([x], weight, bias, triton_device, scales=[([7],)] if is_static else [])
     assert_close(actual, expected)
 
 

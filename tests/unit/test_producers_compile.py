@@ -22,6 +22,6 @@ def test_producers_compile_without_spills(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     reports = json.loads(result.stdout)
-    assert len(reports) == 6
+    assert len(reports) == 9
     for report in reports:
         assert report["stack"] == report["spills"] == 0 and report["registers"] <= 168, report

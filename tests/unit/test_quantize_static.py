@@ -74,6 +74,25 @@ def test_quantize_static_kernel_equals_the_reference_on_images(shape, buckets, l
     assert_kernel_equals_reference(x, scale, zero_point, torch.tensor(buckets), triton_device)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "zero_point"])
+@pytest.mark.parametrize("width", [64, 63], ids=["in whole blocks", "in tiles"])
+def test_quantize_static_kernel_equals_the_reference_in_whole_blocks_and_in_tiles(width, asymmetric, generator, triton_device):
+    scale, zero_point = tables(generator)
+    x = torch.randn(64, width, generator=generator)
+    x[40, :6] = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 0.0])
+    zero_point, bucket = zero_point if asymmetric else None, torch.tensor([63, 5])
+    expected_counts, counts = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32, device=triton_device)
+    expected = quantize_static_ref(x, scale, zero_point, bucket, expected_counts)
+    on_device = [None if table is None else table.to(triton_device) for table in (x, scale, zero_point, bucket)]
+    actual = dispatch.quantize_static(*on_device, counts)
+    apart = (actual.codes.cpu().int() - expected.codes.int()).abs()
+    assert apart.max() <= 1 and (apart > 0).double().mean() <= 1e-4
+    assert torch.equal(actual.codes[40, :6].cpu(), expected.codes[40, :6])
+    assert torch.equal(actual.scale.cpu(), expected.scale)
+    assert counts.tolist() == expected_counts.tolist() and counts[0] > 4
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, in the interpreter: 3e38 / scale
 def test_quantize_static_saturates_outliers_and_reads_nan_as_zero(generator, triton_device):
     scale, zero_point = tables(generator)
