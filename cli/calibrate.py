@@ -21,7 +21,9 @@ def calibrate(
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampler steps; as many as you will sample with.")] = 20,
     guidance: Annotated[float, typer.Option(min=1.0, help="Classifier-free guidance scale.")] = 5.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture.")] = 0,
-    mode: Annotated[str, typer.Option(help="Steps looked at: full, srm (ADP-DM's choice) or noisiest (the first alone).")] = "full",
+    mode: Annotated[
+        str, typer.Option(help="full, srm (ADP-DM's steps), progressive (after quantized steps, PCR) or noisiest (the first).")
+    ] = "full",
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Also measure what `plan` needs; some hundred UNet calls more.")
     ] = False,

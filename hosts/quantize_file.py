@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import SchemeError
+from ..errors import CalibrationError, SchemeError
 from ..quant.calibration import Calibration, describe
+from ..quant.corrections.bias import with_corrected_bias
 from ..quant.file_format import QuantizedModel, write_model
 from ..quant.layers import find_layers
 from ..quant.recipe import Recipe, preset_recipe
@@ -24,6 +25,7 @@ def quantize_file(
     calibration: Calibration | None = None,
     progress: Callable[[int, int], None] | None = None,
     rounding: Rounding | None = None,
+    correct_bias: bool = False,
 ) -> QuantizedModel:
     """Write a quantized copy of an SDXL checkpoint, or of a file with its UNet alone.
 
@@ -32,6 +34,7 @@ def quantize_file(
         preset: name of a preset, or a recipe for this model. groups: timestep groups of a preset.
         progress: called with (layers done, layers in all).
         rounding: of 4-bit weights; None for plain.
+        correct_bias: fold what rounding adds to the mean of a layer's output into its bias; needs a calibration.
     Returns: what was written.
     Raises: FormatError if a file cannot be read or written; ModelError if the source is not SDXL or quantized already;
         SchemeError if the recipe names layers that it has not;
@@ -45,19 +48,25 @@ def quantize_file(
         if unknown is not None:
             raise SchemeError(f"{unknown}: in the recipe, but no quantizable layer of {source}. Make a plan for this model.")
         check_calibrated(recipe, calibration)
-        model = _quantize(file, recipe, calibration, progress, rounding)
+        if correct_bias and calibration is None:
+            raise CalibrationError("bias correction: there is no calibration, whose rows tell the mean of every input. Calibrate first.")
+        model = _quantize(file, recipe, calibration, progress, rounding, correct_bias)
         model.base_model = {"name": Path(source).stem, "sha256": sha256_of(source)}
         write_model(out, model, VERSION)
     return model
 
 
-def _quantize(file: TensorFile, recipe: Recipe, calibration: Calibration | None, progress, rounding: Rounding | None) -> QuantizedModel:
+def _quantize(
+    file: TensorFile, recipe: Recipe, calibration: Calibration | None, progress, rounding: Rounding | None, correct_bias: bool
+) -> QuantizedModel:
     prefix = file.unet_prefix
     quantized = {}
     for done, (name, scheme) in enumerate(recipe.schemes.items(), 1):
         key = prefix + name
         weight, bias = file[f"{key}.weight"], file.get(f"{key}.bias")
         quantized[name] = quantize_layer(name, weight, bias, scheme, recipe.groups_of(name), calibration, rounding)
+        if correct_bias:
+            quantized[name] = with_corrected_bias(quantized[name], weight, calibration.layers.get(name))
         if progress is not None:
             progress(done, len(recipe.schemes))
     taken = {f"{prefix}{name}.{part}" for name in quantized for part in ("weight", "bias")}

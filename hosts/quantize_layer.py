@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
@@ -10,10 +11,11 @@ from ..quant.activation_noise import group_importance
 from ..quant.calibration import Calibration, not_calibrated
 from ..quant.channel_group import grouped_statistics, weight_energy, within_int32
 from ..quant.file_format import QuantizedLayer
+from ..quant.int8_rounding import gptq_int8
 from ..quant.recipe import Recipe
 from ..quant.rounding.method import Rounding
 from ..quant.scheme import Scheme
-from ..quant.weight import check_weight, quantize_weight
+from ..quant.weight import FP8, check_weight, quantize_weight
 
 
 def quantize_layer(
@@ -24,16 +26,18 @@ def quantize_layer(
     groups: tuple[int, ...],
     calibration: Calibration | None,
     rounding: Rounding | None = None,
+    moments: Tensor | None = None,
 ) -> QuantizedLayer:
     """Codes, scales and activation tables of one layer, on the weight's device; bias keeps its dtype.
 
     Args:
         calibration: may be None if the scheme needs none; check_calibrated says so in words.
         rounding: of 4-bit weights; None for plain.
+        moments: (K, K) of the layer's input, to round int8 weights by (quant/int8_rounding.py); None for plain.
     Raises: WeightError if the weight or bias is NaN or infinite; CalibrationError if the layer was not observed; SchemeError if
         it has too few input channels for its groups.
     """
-    layer = _quantized_weight(name, weight.detach(), scheme, rounding or Rounding())
+    layer = _quantized_weight(name, weight.detach(), scheme, rounding or Rounding(), moments)
     if bias is not None:
         check_weight(bias, f"{name}.bias")
         layer.bias = bias.detach()
@@ -47,12 +51,15 @@ def quantize_layer(
     return layer
 
 
-def _quantized_weight(name: str, weight: Tensor, scheme: Scheme, rounding: Rounding) -> QuantizedLayer:
+def _quantized_weight(name: str, weight: Tensor, scheme: Scheme, rounding: Rounding, moments: Tensor | None) -> QuantizedLayer:
     if scheme.is_int4:
         int4 = rounding.round(weight, name)
         return QuantizedLayer(int4.packed(), int4.scale, group_scale=int4.group_scale)
-    int8 = quantize_weight(weight, name)
-    return QuantizedLayer(int8.codes, int8.scale)
+    if moments is not None and not scheme.is_fp8:
+        quantized = gptq_int8(weight, moments.to(weight.device), name)
+    else:
+        quantized = quantize_weight(weight, name, FP8 if scheme.is_fp8 else torch.int8)
+    return QuantizedLayer(quantized.codes, quantized.scale)
 
 
 def _group(

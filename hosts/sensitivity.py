@@ -51,7 +51,7 @@ class SensitivityProbe:
 
     def _before(self, _unet: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self.running:
-            self._arguments = (args, kwargs | {"control": _copied(kwargs["control"])} if "control" in kwargs else kwargs)
+            self._arguments = (args, kwargs | {"control": copied(kwargs["control"])} if "control" in kwargs else kwargs)
 
     def _after(self, _unet: nn.Module, _args: tuple, _kwargs: dict, output: object) -> None:
         bucket = max(self._buckets(), default=0)
@@ -74,7 +74,7 @@ class SensitivityProbe:
         handles = [self._layers[name].register_forward_hook(self._noisy(name, relative, ratios)) for name in group]
         try:
             args, kwargs = self._arguments
-            answer = _answer(self._unet(*args, **(kwargs | {"control": _copied(kwargs["control"])} if "control" in kwargs else kwargs)))
+            answer = _answer(self._unet(*args, **(kwargs | {"control": copied(kwargs["control"])} if "control" in kwargs else kwargs)))
         finally:
             for handle in handles:
                 handle.remove()
@@ -109,8 +109,8 @@ def _answer(output: object) -> Tensor:
     return output[0] if isinstance(output, tuple) else output.sample
 
 
-def _copied(value: object) -> object:
+def copied(value: object) -> object:
     """Containers anew, tensors shared: the UNet takes ControlNet's residuals out of their lists."""
     if isinstance(value, dict):
-        return {key: _copied(part) for key, part in value.items()}
-    return [_copied(part) for part in value] if isinstance(value, list) else value
+        return {key: copied(part) for key, part in value.items()}
+    return [copied(part) for part in value] if isinstance(value, list) else value

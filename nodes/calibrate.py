@@ -25,7 +25,8 @@ class StepQuantCalibrate(io.ComfyNode):
             node_id="StepQuantCalibrate",
             display_name="Calibrate (StepQuant)",
             category=CATEGORY,
-            description="Runs your model on your prompt and records what its layers are given, per timestep. Needed for w8a8-static only.",
+            description="Runs your model on your prompt and records what its layers are given, per timestep. "
+            "Needed for w8a8-static, w8a8-measured and Plan.",
             search_aliases=["calibration", "activation statistics", "static quantization", "observer"],
             inputs=[
                 io.Model.Input("model", tooltip="The 16-bit SDXL model that will be quantized, with the LoRAs you will use."),
@@ -58,7 +59,8 @@ class StepQuantCalibrate(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Which steps are looked at. full (usual): all. srm: all of the first run, then a quarter, the least certain "
-                    "ones. noisiest: the first step alone, many times faster, with one set of scales for all timesteps.",
+                    "ones. progressive: all, each on what the quantized steps before it made, twice as slow. noisiest: the first step "
+                    "alone, many times faster, with one set of scales for all timesteps.",
                 ),
                 io.Boolean.Input(
                     "sensitivity",
@@ -76,7 +78,9 @@ class StepQuantCalibrate(io.ComfyNode):
                 ),
             ],
             outputs=[
-                CalibrationType.Output("calibration", display_name="calibration", tooltip="For Quantize SDXL with w8a8-static."),
+                CalibrationType.Output(
+                    "calibration", display_name="calibration", tooltip="For Plan, and for Quantize SDXL with w8a8-static or w8a8-measured."
+                ),
                 io.String.Output("summary", display_name="summary", tooltip="What was observed."),
             ],
             is_output_node=True,
@@ -145,7 +149,11 @@ class StepQuantLoadCalibration(io.ComfyNode):
                     tooltip="A calibration of the model that will be quantized. One of another model is refused.",
                 ),
             ],
-            outputs=[CalibrationType.Output("calibration", display_name="calibration", tooltip="For Quantize SDXL with w8a8-static.")],
+            outputs=[
+                CalibrationType.Output(
+                    "calibration", display_name="calibration", tooltip="For Plan, and for Quantize SDXL with w8a8-static or w8a8-measured."
+                )
+            ],
             has_intermediate_output=True,
         )
 

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from .calibration import Calibration, quantized_values
-from .channel_group import ChannelGrouping, grouped_statistics
+from .channel_group import HEADROOM, ChannelGrouping, grouped_statistics
+from .layers import SILU_LOW
 from .observer import LayerStatistics
 from .scheme import ActivationMode, Scheme
 from .sqnr import sqnr_db
 from .timestep import ScaleCurve
 from .weight import SMALLEST_SCALE
+
+# Relative energy below which noise is no noise: few rows may happen to be exact.
+LEAST_NOISE = 1e-12
 
 
 def simulated_rows(
@@ -40,7 +44,8 @@ def simulated_rows(
         return _simulated(statistics, scheme, groups, is_conv, bits, None)
     base = Scheme(activation=scheme.group_base, symmetric=scheme.symmetric)
     importance = None if energy is None else group_importance(grouping, energy)
-    return grouping.undo(_simulated(grouped_statistics(statistics, grouping), base, groups, is_conv, bits, importance))
+    grouped = grouped_statistics(statistics, grouping, HEADROOM if scheme.is_static else 1.0)
+    return grouping.undo(_simulated(grouped, base, groups, is_conv, bits, importance))
 
 
 def group_importance(grouping: ChannelGrouping, energy: Tensor) -> Tensor:
@@ -49,32 +54,65 @@ def group_importance(grouping: ChannelGrouping, energy: Tensor) -> Tensor:
 
 
 def _simulated(
-    statistics: LayerStatistics, scheme: Scheme, groups: tuple[int, ...] | ScaleCurve, is_conv: bool, bits: int, importance: Tensor | None
+    statistics: LayerStatistics,
+    scheme: Scheme,
+    groups: tuple[int, ...] | ScaleCurve,
+    is_conv: bool,
+    bits: int,
+    importance: Tensor | None,
 ) -> Tensor:
     rows, largest = statistics.rows.float(), 2 ** (bits - 1) - 1
     if scheme.activation is ActivationMode.FP16:
         return rows
-    if scheme.activation is ActivationMode.TOKEN:
-        scale = (_image_absmax(statistics) if is_conv else rows.abs().amax(1)).clamp_min(SMALLEST_SCALE)[:, None] / largest
-        return quantized_values(rows, scale, 0, True, bits)
+    if scheme.activation is ActivationMode.PIXEL and not scheme.symmetric:
+        return above_low(rows, rows.amax(1), bits)
+    is_conv = is_conv and scheme.activation is not ActivationMode.PIXEL
+    if scheme.activation in (ActivationMode.TOKEN, ActivationMode.PIXEL):
+        if is_conv and not scheme.symmetric:
+            return above_low(rows, _image_extreme(statistics, statistics.range_max), bits)
+        size = rows.abs().amax(1)
+        if is_conv:
+            size = _image_extreme(statistics, torch.maximum(statistics.range_min.abs(), statistics.range_max.abs()))
+        return quantized_values(rows, size.clamp_min(SMALLEST_SCALE)[:, None] / largest, 0, True, bits)
     tables = Calibration({"layer": statistics}).tables("layer", scheme, groups, bits, importance)
     scale = tables.scale[statistics.row_bucket][:, None]
     zero_point = 0 if tables.zero_point is None else tables.zero_point[statistics.row_bucket][:, None]
     return quantized_values(rows, scale, zero_point, scheme.symmetric, bits)
 
 
-def _image_absmax(statistics: LayerStatistics) -> Tensor:
-    """(R,): the largest |x| seen in each row's bucket."""
-    peak = torch.maximum(statistics.range_min.abs(), statistics.range_max.abs()).amax(1)
-    return peak[torch.searchsorted(statistics.buckets, statistics.row_bucket)]
+def above_low(x: Tensor, high: Tensor, bits: int, low: float = SILU_LOW) -> Tensor:
+    """x as the codes of a dynamic scale for [low, high] hold it. high: (B,) of x (B, ...), or as many dimensions as x."""
+    levels = 2**bits - 1
+    high = high.clamp_min(0)
+    high = high if high.ndim == x.ndim else high.view(-1, *[1] * (x.ndim - 1))
+    scale = (high - low) / levels
+    zero_point = (-low / scale).round()
+    return ((x / scale).round().add_(zero_point).clamp_(0, levels) - zero_point) * scale
 
 
-def output_sqnr_db(rows: Tensor, noisy: Tensor, weight: Tensor) -> float:
-    """SQNR of the layer's output, in dB: energies summed over rows and output channels.
+def _image_extreme(statistics: LayerStatistics, extremes: Tensor) -> Tensor:
+    """(R,): the largest of `extremes` (V, C) in each row's bucket."""
+    return extremes.amax(1)[torch.searchsorted(statistics.buckets, statistics.row_bucket)]
+
+
+def output_sqnr_db(rows: Tensor, noisy: Tensor, weight: Tensor, row_bucket: Tensor | None = None) -> float:
+    """SQNR of the layer's output, in dB: energies summed over rows and output channels; of each bucket's rows, then the mean of dB.
+
+    Inputs are far larger at some timesteps than at others: summed over all of them, noise that spoils the others would not count.
 
     A convolution's taps are summed as if their inputs were independent: recorded pixels have no neighbours. That leaves
     differences between modes as they are.
-    Args: rows, noisy: (R, K). weight: (N, K) or (Cout, Cin, kh, kw), any float dtype.
+    Args: rows, noisy: (R, K). weight: (N, K) or (Cout, Cin, kh, kw), any float dtype. row_bucket: (R,); None: all rows as of one bucket.
     """
     matrix = weight.detach().float().transpose(0, 1).flatten(1)  # (K, N * taps)
-    return sqnr_db(rows.float() @ matrix, noisy @ matrix)
+    if row_bucket is None:
+        return sqnr_db(rows.float() @ matrix, noisy @ matrix)
+    energy, noise = ((part @ matrix).double().square().sum(1) for part in (rows.float(), noisy - rows.float()))
+    ratios = bucket_sums(noise, row_bucket) / bucket_sums(energy, row_bucket).clamp_min(1e-30)
+    return float(-10 * ratios.clamp_min(LEAST_NOISE).log10().mean())
+
+
+def bucket_sums(values: Tensor, row_bucket: Tensor) -> Tensor:
+    """(R,) -> (V,), summed over the rows of each bucket that has any, ascending."""
+    _, slot = row_bucket.unique(return_inverse=True)
+    return torch.zeros(int(slot.max()) + 1, dtype=values.dtype).index_add_(0, slot, values)

@@ -24,6 +24,7 @@ PICKED_SHARE = 0.25
 class CalibrationMode(str, Enum):
     FULL = "full"  # every step of every run
     SRM = "srm"  # ADP-DM's choice: the undecided and the rarely seen
+    PROGRESSIVE = "progressive"  # every step, each on what the quantized steps before it made (progressive.py): two UNet calls a step
     NOISIEST = "noisiest"  # the first step alone (Efficient Quantization Strategies for LDMs, arXiv 2312.05431): by far the fastest
 
 
@@ -39,7 +40,7 @@ class StepChoice:
     @property
     def whole_runs(self) -> bool:
         """Whether every run goes to its last step and all of it is observed."""
-        return self._mode is CalibrationMode.FULL
+        return self._mode in (CalibrationMode.FULL, CalibrationMode.PROGRESSIVE)
 
     def begin_run(self, statistics: Mapping[str, LayerStatistics]) -> int | None:
         """Choose for the next run from what was recorded so far.
@@ -48,7 +49,7 @@ class StepChoice:
         """
         if self._mode is CalibrationMode.NOISIEST:
             return 1
-        if self._mode is CalibrationMode.FULL or not self._buckets_by_step:
+        if self.whole_runs or not self._buckets_by_step:
             return None
         count = max(1, round(PICKED_SHARE * len(self._buckets_by_step)))
         self._picked = frozenset(choose_timesteps(timestep_entropy(statistics), self._used, count))

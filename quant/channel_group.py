@@ -25,6 +25,10 @@ MAX_EXPONENT = 12
 # Positions of the scale grid within one octave that are tried; finer ones gain less than 0.1 dB.
 OFFSETS = 8
 INT32_MAX = 2**31 - 1
+# Stored ranges of channel groups are widened by this: a group's few channels were seen in less than the whole layer's, and other
+# prompts go beyond. Demo model, ff.net.2 alone on prompts that were not calibrated on: 43.9 dB without, 46.2 dB with 1.25, 46.5 dB
+# with 1.5, 45.1 dB with 2; one scale for all channels 48.6 dB. Recorded rows alone, which hold few outliers, favoured the groups.
+HEADROOM = 1.5
 
 
 @dataclass(frozen=True)
@@ -140,14 +144,14 @@ def channel_magnitude(statistics: LayerStatistics) -> Tensor:
     return torch.maximum(statistics.range_min.abs(), statistics.range_max.abs()).amax(0)
 
 
-def grouped_statistics(statistics: LayerStatistics, grouping: ChannelGrouping) -> LayerStatistics:
-    """The statistics that a layer would have if its input came in stored order, divided by 2^exponent."""
+def grouped_statistics(statistics: LayerStatistics, grouping: ChannelGrouping, headroom: float = HEADROOM) -> LayerStatistics:
+    """The statistics that a layer would have if its input came in stored order, divided by 2^exponent; ranges times headroom."""
     rows = grouping.apply(statistics.rows)
     return LayerStatistics(
         buckets=statistics.buckets,
         count=statistics.count,
-        range_min=grouping.apply(statistics.range_min),
-        range_max=grouping.apply(statistics.range_max),
+        range_min=headroom * grouping.apply(statistics.range_min),
+        range_max=headroom * grouping.apply(statistics.range_max),
         token_absmax=statistics.token_absmax,
         rows=rows,
         row_bucket=statistics.row_bucket,

@@ -1,8 +1,9 @@
 """StepQuant's file: one safetensors file with codes, scales and a JSON header. Knows no engine.
 
-Keys: `model.diffusion_model.<layer>.qweight` int8 (N, K) or (Cout, kh, kw, Cin), `.weight_scale` fp32 (N,), `.bias`,
-`.act_scale` fp32 (64,) and `.act_zero_point` int32 (64,) of static layers, `.channel_order` int32 (K,) and `.channel_exponents`
-int8 (blocks,) of layers with channel groups, whose codes are stored in that order. Stock loaders find no `weight` and refuse.
+Keys: `model.diffusion_model.<layer>.qweight` int8, or F8_E4M3 of fp8 layers, (N, K) or (Cout, kh, kw, Cin), `.weight_scale`
+fp32 (N,), `.bias`, `.act_scale` fp32 (64,) and `.act_zero_point` int32 (64,) of static layers, `.channel_order` int32 (K,) and
+`.channel_exponents` int8 (blocks,) of layers with channel groups, whose codes are stored in that order. Stock loaders find no `weight`
+and refuse.
 4-bit layers: `.qweight` uint8 (N, ceil(K / 128) * 64) packed as in int4.py, `.group_scale` int8 (K / 64, N) beside the channels' scales.
 All other tensors keep their own names, text encoders and VAE of a whole checkpoint among them.
 """
@@ -26,9 +27,11 @@ from .recipe import Recipe
 from .safe_header import open_tensors, printable
 from .scheme import Scheme
 from .timestep import NUM_BUCKETS
+from .weight import FP8
 
 HEADER_KEY = "stepquant"
 FORMAT_VERSION = 1
+FP8_NAN = 0x7F  # e4m3's only NaN, but for the sign
 OPTIONAL_PARTS = ("group_scale", "bias", "act_scale", "act_zero_point", "channel_order", "channel_exponents")
 
 
@@ -164,8 +167,11 @@ def _check_layer(layer: QuantizedLayer, name: str, scheme: Scheme, path: str | P
         fail(f"a 4-bit qweight must be uint8 (N, ceil(K / 128) * 64), with {scales}")
     if not scheme.is_int4 and layer.group_scale is not None:
         fail("it has the group scales of 4-bit weights, and its scheme has 8 bits")
-    if not scheme.is_int4 and (layer.qweight.dtype is not torch.int8 or layer.qweight.ndim not in (2, 4)):
-        fail(f"qweight is {layer.qweight.dtype} of shape {tuple(layer.qweight.shape)}; int8 with 2 or 4 dimensions is needed")
+    codes = FP8 if scheme.is_fp8 else torch.int8
+    if not scheme.is_int4 and (layer.qweight.dtype is not codes or layer.qweight.ndim not in (2, 4)):
+        fail(f"qweight is {layer.qweight.dtype} of shape {tuple(layer.qweight.shape)}; {codes} with 2 or 4 dimensions is needed")
+    if scheme.is_fp8 and layer.qweight.numel() and bool(((layer.qweight.view(torch.uint8) & FP8_NAN) == FP8_NAN).any()):
+        fail("qweight holds NaN")
     if channels == 0 or layer.qweight.numel() == 0:
         fail(f"qweight of shape {tuple(layer.qweight.shape)} is empty")
     if tuple(layer.weight_scale.shape) != (channels,) or not _is_positive(layer.weight_scale):

@@ -13,7 +13,7 @@ class MacCounter:
         self.integer_by_layer: dict[str, int] = defaultdict(int)
 
     def record(self, layer: str, macs: int, integer: bool) -> None:
-        """macs: multiply-adds of one call. integer: both operands were integer codes in the product itself."""
+        """macs: multiply-adds of one call. integer: both operands were codes, integers or fp8, in the product itself."""
         self.total_by_layer[layer] += macs
         if integer:
             self.integer_by_layer[layer] += macs

@@ -1,7 +1,8 @@
 """Writes a quantized model as a file that ComfyUI opens without StepQuant: its own int8 format for Linears, fp16 convolutions.
 
 The codes and weight scales of Linears are kept bit for bit, as `int8_tensorwise` with one scale per output channel. What
-that format has no place for is left out: integer convolutions, calibrated activation scales, channel groups.
+that format has no place for is left out: integer convolutions, calibrated activation scales, channel groups; fp8 codes, which
+are rounded to int8.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .file_format import QuantizedLayer, QuantizedModel
 from .int4 import int8_codes
 from .layers import UNET_PREFIX
 from .scheme import ComputeType, Scheme
+from .weight import dequantize_weight, quantize_weight
 
 FORMAT = "int8_tensorwise"
 # ComfyUI tells a text encoder or VAE by these; without one the file is a UNet, whose names then have no prefix.
@@ -37,7 +39,7 @@ def native_tensors(model: QuantizedModel) -> dict[str, Tensor]:
     """What the file holds, by ComfyUI's own keys, on the CPU. The model is left unchanged."""
     unet = dict(model.rest)
     for name, layer in model.layers.items():
-        tensors = _linear(layer, model.recipe.schemes[name]) if layer.qweight.ndim == 2 else {"weight": _dense(layer, name)}
+        tensors = _linear(layer, model.recipe.schemes[name], name) if layer.qweight.ndim == 2 else {"weight": _dense(layer, name)}
         unet.update({f"{name}.{part}": tensor for part, tensor in tensors.items()})
         if layer.bias is not None:
             unet[f"{name}.bias"] = layer.bias
@@ -47,10 +49,13 @@ def native_tensors(model: QuantizedModel) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
 
 
-def _linear(layer: QuantizedLayer, scheme: Scheme) -> dict[str, Tensor]:
+def _linear(layer: QuantizedLayer, scheme: Scheme, name: str) -> dict[str, Tensor]:
     settings: dict[str, object] = {"format": FORMAT}
-    if scheme.compute is not ComputeType.INT8:
+    if scheme.compute is ComputeType.FP16:
         settings["full_precision_matrix_mult"] = True
+    if scheme.is_fp8:
+        rounded = quantize_weight(dequantize_weight(layer.qweight, layer.weight_scale, torch.float32), name)
+        layer = QuantizedLayer(rounded.codes, rounded.scale)
     return {
         "weight": _original_order(layer),
         "weight_scale": layer.weight_scale.float().view(-1, 1),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 ROWS_KEPT = 256
-ROWS_TAKEN_PER_CALL = 16
+ROWS_TAKEN_PER_SAMPLE = 16
 
 
 @dataclass
@@ -53,14 +53,26 @@ class LayerObserver:
             x: (B, rows, C), any float dtype; left unchanged.
             buckets: the timestep bucket of each of the B samples.
         """
-        for sample, bucket in zip(x.detach(), buckets, strict=True):
+        if len(buckets) != x.shape[0]:
+            raise ValueError(f"{len(buckets)} buckets for {x.shape[0]} samples")
+        for bucket in dict.fromkeys(buckets):
+            # All samples of a bucket at once, which a sampler's batch usually is: a loop over them took most of a calibration.
+            samples = x if len(set(buckets)) == 1 else x[[other == bucket for other in buckets]]
+            rows = samples.detach().reshape(-1, self._channels)
             slot = self._slot(bucket)
-            low, high = sample.aminmax(dim=0)
+            low, high = rows.aminmax(dim=0)
             torch.minimum(self._range_min[slot], low.float(), out=self._range_min[slot])
             torch.maximum(self._range_max[slot], high.float(), out=self._range_max[slot])
-            self._count[slot] += sample.shape[0]
-            self._absmax_sum[slot] += sample.abs().amax(1).float().sum()
-            self._sample_rows(sample, bucket)
+            self._count[slot] += rows.shape[0]
+            self._absmax_sum[slot] += rows.abs().amax(1).float().sum()
+            self._sample_rows(rows, bucket, ROWS_TAKEN_PER_SAMPLE * samples.shape[0])
+
+    def range_of(self, bucket: int) -> tuple[float, float] | None:
+        """Lowest and highest value seen in a bucket so far; None if it was not visited. Waits for the device."""
+        if bucket not in self._slot_of_bucket:
+            return None
+        slot = self._slot_of_bucket[bucket]
+        return float(self._range_min[slot].min()), float(self._range_max[slot].max())
 
     def _slot(self, bucket: int) -> int:
         if bucket not in self._slot_of_bucket:
@@ -71,10 +83,10 @@ class LayerObserver:
             self._count.append(0)
         return self._slot_of_bucket[bucket]
 
-    def _sample_rows(self, sample: Tensor, bucket: int) -> None:
+    def _sample_rows(self, sample: Tensor, bucket: int, taken: int) -> None:
         # A row's random key decides whether it stays: the R smallest of all keys ever drawn are a uniform sample.
-        # Taking 16 of a call's M rows multiplies their keys' density by 16 / M, undone by scaling the keys.
-        taken = min(ROWS_TAKEN_PER_CALL, sample.shape[0])
+        # Taking 16 of a sample's M rows multiplies their keys' density by 16 / M, undone by scaling the keys.
+        taken = min(taken, sample.shape[0])
         index = torch.randperm(sample.shape[0], generator=self._generator)[:taken]
         keys = torch.rand(taken, generator=self._generator) * (taken / sample.shape[0])
         if self._row_key.numel() >= ROWS_KEPT:

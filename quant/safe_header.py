@@ -72,7 +72,9 @@ def _check_shapes(path: Path, file: safe_open) -> None:
 
 def _parse(path: Path, text: str | None, newest: int, kind: str) -> dict:
     if text is None:
-        raise FormatError(f"{path}: this is not {kind}. Open it with the loader it was made for.")
+        raise FormatError(
+            f"{path}: this is not {kind}. Choose another, or open it with the loader it was made for: a checkpoint with Load Checkpoint."
+        )
     try:
         header = json.loads(text)
     except (ValueError, RecursionError):

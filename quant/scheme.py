@@ -6,17 +6,20 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 
 from ..errors import SchemeError
+from .layers import dynamic_low
 
 
 class ActivationMode(str, Enum):
     FP16 = "fp16"  # input stays 16 bit, weight is dequantized
     TOKEN = "token"  # dynamic: one scale per row; per image for a 3x3 conv
+    PIXEL = "pixel"  # dynamic, of a 3x3 conv: one scale per pixel, nine integer sums instead of one
     STATIC = "static"  # calibrated: one scale and zero point per timestep group
     CHANNEL_GROUP = "channel_group"  # calibrated: input channels in groups with scales of power-of-two ratios (DGQ)
 
 
 class ComputeType(str, Enum):
     INT8 = "int8"
+    FP8 = "fp8"  # e4m3 codes of weights and activations
     FP16 = "fp16"
 
 
@@ -30,8 +33,8 @@ _GROUP_FIELDS = ("channel_groups", "granularity", "group_base")
 
 @dataclass(frozen=True)
 class Scheme:
-    """weight_bits: 8, symmetric per output channel, or 4, of a Linear in groups of 64 (int4.py). symmetric: zero point of a static
-    activation is 0.
+    """weight_bits: 8, symmetric per output channel, or 4, of a Linear in groups of 64 (int4.py). symmetric: the activation has no
+    zero point. A dynamic one has it only where layers.dynamic_low knows its low end.
 
     Of channel_group only: channel_groups: at most so many, 1 to 16. granularity: a group holds a multiple of so many
     channels, but for the layer's last ones. group_base: where the scale that all groups share comes from, TOKEN or STATIC.
@@ -48,6 +51,10 @@ class Scheme:
     @property
     def is_int4(self) -> bool:
         return self.weight_bits == 4
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.compute is ComputeType.FP8
 
     @property
     def is_grouped(self) -> bool:
@@ -91,6 +98,12 @@ class Scheme:
             )
         if scheme.is_int4 and scheme.is_grouped:
             raise SchemeError(f"{layer}: 4-bit weights with channel groups; only 8-bit ones can have them. Quantize the model again.")
+        if scheme.is_fp8 and scheme != FP8:
+            raise SchemeError(
+                f"{layer}: fp8 with {scheme.weight_bits}-bit weights, {scheme.activation.value} activations, symmetric "
+                f"{scheme.symmetric}; this version runs it with 8 bits and dynamic, symmetric scales. Update StepQuant, or quantize the "
+                "model again."
+            )
         scheme._check_groups(layer)
         return scheme
 
@@ -102,3 +115,11 @@ class Scheme:
                 f"1 to {MAX_CHANNEL_GROUPS} groups of {', '.join(map(str, GRANULARITIES))} channels on token or static are known. "
                 "Update StepQuant, or quantize the model again."
             )
+
+
+FP8 = Scheme(compute=ComputeType.FP8)
+
+
+def token_scheme(layer: str) -> Scheme:
+    """8 bits with dynamic activation scales, and a zero point where the layer's input can use one."""
+    return Scheme(symmetric=dynamic_low(layer) is None)

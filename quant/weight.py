@@ -1,4 +1,4 @@
-"""Symmetric int8 weights, one scale per output channel. 4-bit weights are not here."""
+"""Symmetric 8-bit weights, int8 or fp8 (e4m3), one scale per output channel. 4-bit weights are not here."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from torch import Tensor
 
 from ..errors import WeightError
 
+FP8 = torch.float8_e4m3fn
 INT8_MAX = 127
+LARGEST_CODE = {torch.int8: INT8_MAX, FP8: 448}
 # fp16's smallest normal number / 127: a channel of zeros gets this scale and codes of 0.
 SMALLEST_SCALE = 2.0**-14 / INT8_MAX
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """codes: int8 (N, K), or (Cout, kh, kw, Cin) of a conv (K contiguous). scale: fp32 (N,)."""
+    """codes: int8 or e4m3 (N, K), or (Cout, kh, kw, Cin) of a conv (K contiguous). scale: fp32 (N,)."""
 
     codes: Tensor
     scale: Tensor
@@ -32,13 +34,14 @@ def check_weight(weight: Tensor, layer: str) -> None:
         )
 
 
-def quantize_weight(weight: Tensor, layer: str) -> QuantizedWeight:
+def quantize_weight(weight: Tensor, layer: str, dtype: torch.dtype = torch.int8) -> QuantizedWeight:
     """Quantize a weight symmetrically, one scale per output channel.
 
     scale[n] = max|weight[n]| / 127, codes = round(weight / scale), ties to even, in [-127, 127].
+    fp8: 448 for 127, and the nearest e4m3 number.
     Args:
         weight: (N, K) or (Cout, Cin, kh, kw), any float dtype; left unchanged.
-        layer: name for error messages.
+        layer: name for error messages. dtype: of the codes, int8 or float8_e4m3fn.
     Raises: WeightError if the weight is not finite or has neither 2 nor 4 dimensions.
     """
     if weight.ndim not in (2, 4):
@@ -46,9 +49,11 @@ def quantize_weight(weight: Tensor, layer: str) -> QuantizedWeight:
     check_weight(weight, layer)
     rows = weight.permute(0, 2, 3, 1) if weight.ndim == 4 else weight
     rows = rows.float()
-    scale = (rows.flatten(1).abs().amax(1) / INT8_MAX).clamp_min(SMALLEST_SCALE)
-    codes = (rows / scale.view(-1, *[1] * (rows.ndim - 1))).round().clamp(-INT8_MAX, INT8_MAX)
-    return QuantizedWeight(codes.to(torch.int8).contiguous(), scale)
+    largest = LARGEST_CODE[dtype]
+    scale = (rows.flatten(1).abs().amax(1) / largest).clamp_min(SMALLEST_SCALE)
+    ratio = rows / scale.view(-1, *[1] * (rows.ndim - 1))
+    codes = (ratio.round() if dtype is torch.int8 else ratio).clamp(-largest, largest)
+    return QuantizedWeight(codes.to(dtype).contiguous(), scale)
 
 
 def dequantize_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype, channel_order: Tensor | None = None) -> Tensor:

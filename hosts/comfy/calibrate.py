@@ -6,7 +6,7 @@ The observers live for one call: they are forward hooks on the running model's l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -17,6 +17,7 @@ from ...quant.calibration import Calibration, merge
 from ...quant.calibration_steps import CalibrationMode, StepChoice
 from ...quant.layers import LayerSpec, check_is_sdxl, find_layers
 from ...quant.observer import LayerObserver, LayerStatistics
+from ..progressive import QuantizedPrefix
 from ..sensitivity import SensitivityProbe
 from ..unfinished import RUNS_DONE, runs_done
 from .attach import state_of
@@ -46,7 +47,7 @@ def calibrate(
         latent: ComfyUI latent dictionary, as KSampler takes it: empty, a picture's, or with a noise mask.
         seed: of the first run; the others count up from it.
         runs: sampling runs. Memory does not grow with it: 256 rows and 64 ranges a layer are kept at most.
-        mode: which steps are looked at (quant/calibration_steps.py).
+        mode: which steps are looked at, and on what (quant/calibration_steps.py).
         probes: places of the schedule where the first run measures each layer's sensitivity; 0 for none. Each takes as many
             UNet calls as there are layers, or kinds of layers in a deep UNet.
         start: an unfinished calibration with the same arguments, to go on from.
@@ -63,6 +64,8 @@ def calibrate(
     summary = _summary(latent, seed, settings, runs, CalibrationMode(mode), probes)
     done = runs_done(start, summary, runs)
     watch = _Watch(model, StepChoice(mode))
+    if CalibrationMode(mode) is CalibrationMode.PROGRESSIVE:
+        watch.prefix = _prefix(unet, layers, watch)
     with _hooks(unet, layers, watch):
 
         def calibration() -> Calibration:
@@ -105,7 +108,8 @@ def _run(
         draw(step, denoised, noisy, total)
 
     probe.on_tick = progress.tick
-    with probe.attached():
+    # The prefix last: a probe's hook then comes first, on the float model's answer.
+    with probe.attached(), nullcontext() if watch.prefix is None else watch.prefix.attached():
         sample_latent(model, positive, negative, latent, seed, settings, after_step, stop_after)
     watch.sensitivity |= probe.sensitivity()
     watch.steps.end_run([bucket for bucket in buckets_by_step if bucket is not None])
@@ -119,6 +123,7 @@ class _Watch:
         self.sensitivity: dict = {}
         self.steps = steps
         self.probe: SensitivityProbe | None = None
+        self.prefix: QuantizedPrefix | None = None
         self.first_bucket: int | None = None  # of the present step: some samplers call the UNet more than once in it
         # The same tap that quantized models read, so that calibration and use agree at the edges of buckets.
         self._tap = TimestepTap()
@@ -131,8 +136,13 @@ class _Watch:
         if self.first_bucket is None:
             self.first_bucket = self.buckets[0]
 
+    @property
+    def repeating(self) -> bool:
+        """Whether the UNet call under way is a probe's or the quantized prefix's own."""
+        return (self.probe is not None and self.probe.running) or (self.prefix is not None and self.prefix.running)
+
     def observe(self, layer: LayerSpec, x: Tensor) -> None:
-        if (self.probe is not None and self.probe.running) or not self.steps.observes(self.buckets[0]):
+        if self.repeating or not self.steps.observes(self.buckets[0]):
             return
         rows = x.flatten(2).transpose(1, 2) if layer.is_conv else x.reshape(x.shape[0], -1, x.shape[-1])  # (B, rows, C)
         if layer.name not in self.observers:
@@ -167,6 +177,12 @@ def _observing_hook(layer: LayerSpec, watch: _Watch) -> Callable[[nn.Module, tup
 def _probe(unet: nn.Module, layers: Mapping[str, LayerSpec], watch: _Watch, probes: int) -> SensitivityProbe:
     modules = {name: module for name, module in unet.named_modules() if name in layers}
     return SensitivityProbe(unet, modules, lambda: watch.buckets, probes)
+
+
+def _prefix(unet: nn.Module, layers: Mapping[str, LayerSpec], watch: _Watch) -> QuantizedPrefix:
+    modules = {name: module for name, module in unet.named_modules() if name in layers}
+    probing = lambda: watch.probe is not None and watch.probe.running  # noqa: E731
+    return QuantizedPrefix(unet, modules, watch.observers, lambda: watch.buckets, probing)
 
 
 def _found(watch: _Watch) -> dict[str, LayerStatistics]:

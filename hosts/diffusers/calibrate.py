@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ...quant.layers import LayerSpec, check_is_sdxl, find_layers
 from ...quant.observer import LayerObserver, LayerStatistics
 from ...quant.sensitivity import LayerSensitivity
 from ..key_mapping import ldm_to_diffusers
+from ..progressive import QuantizedPrefix
 from ..sensitivity import SensitivityProbe
 from ..unfinished import RUNS_DONE, runs_done
 from .quantize import unet_shapes
@@ -30,6 +31,12 @@ class _Watch:
     tap: TimestepTap
     steps: StepChoice
     buckets_by_step: list[int] = field(default_factory=list)
+    prefix: QuantizedPrefix | None = None
+
+    @property
+    def repeating(self) -> bool:
+        """Whether the UNet call under way is the quantized prefix's own."""
+        return self.prefix is not None and self.prefix.running
 
     def statistics(self) -> dict[str, LayerStatistics]:
         found = {name: observer.statistics() for name, observer in self.observers.items()}
@@ -53,7 +60,7 @@ def calibrate(
         pipeline: an SDXL pipeline whose UNet is not quantized; left as it was, also after an error or a cancel.
         prompts: kinds of picture the quantized model will be asked for; 8 to 16 are usual.
         progress: called with (UNet calls done, UNet calls in all). Raising in it cancels.
-        mode: which steps are looked at (calibration_steps.py).
+        mode: which steps are looked at, and on what (calibration_steps.py).
         start: an unfinished calibration with the same arguments, to go on from.
         on_cancel: given what was seen, if the run is cancelled after the first batch; the cancelled batch is repeated later.
     Raises: ModelError if the UNet is not SDXL's or quantized already; CalibrationError if there are no prompts, or
@@ -124,22 +131,30 @@ def _observed(pipeline, layers: dict[str, LayerSpec], mode: CalibrationMode) -> 
     tap = TimestepTap(unet)
     tap.follow(pipeline.scheduler)
     watch = _Watch({name: LayerObserver(spec.in_channels, device) for name, spec in layers.items()}, tap, StepChoice(mode))
-    handles = [unet.register_forward_pre_hook(lambda _unet, _args: watch.buckets_by_step.append(tap.buckets[0]))]
+    modules = {name: unet.get_submodule(ldm_to_diffusers(name)) for name in watch.observers}
+    if mode is CalibrationMode.PROGRESSIVE:
+        watch.prefix = QuantizedPrefix(unet, modules, watch.observers, lambda: tap.buckets)
+    handles = [unet.register_forward_pre_hook(lambda _unet, _args: _note_step(watch))]
     try:
         for name, observer in watch.observers.items():
-            module = unet.get_submodule(ldm_to_diffusers(name))
-            handles.append(module.register_forward_pre_hook(_observing_hook(observer, watch)))
-        yield watch
+            handles.append(modules[name].register_forward_pre_hook(_observing_hook(observer, watch)))
+        with nullcontext() if watch.prefix is None else watch.prefix.attached():
+            yield watch
     finally:
         for handle in handles:
             handle.remove()
         tap.remove()
 
 
+def _note_step(watch: _Watch) -> None:
+    if not watch.repeating:
+        watch.buckets_by_step.append(watch.tap.buckets[0])
+
+
 def _observing_hook(observer: LayerObserver, watch: _Watch):
     def before_layer(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         buckets = watch.tap.buckets
-        if not watch.steps.observes(buckets[0]):
+        if watch.repeating or not watch.steps.observes(buckets[0]):
             return
         x = args[0]
         rows = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x.reshape(x.shape[0], -1, x.shape[-1])  # (B, rows, C)

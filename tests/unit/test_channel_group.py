@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from stepquant.errors import SchemeError
-from stepquant.quant.activation_choice import choose_activation, choose_grouping, measured_recipe
+from stepquant.quant.activation_choice import choose_activation, choose_grouping, granularities, measured_recipe
 from stepquant.quant.activation_noise import output_sqnr_db, simulated_rows
 from stepquant.quant.calibration import Calibration
 from stepquant.quant.channel_group import (
+    HEADROOM,
     ChannelGrouping,
     _best_levels,
     granularity_of,
@@ -189,7 +190,8 @@ def test_channel_groups_recover_what_channel_outliers_cost(base, generator):
 def test_grouped_statistics_describe_the_reordered_and_divided_input(generator):
     x, _ = channel_outliers(generator, 64, 32)
     grouping = group_channels(x.abs().amax(0), torch.ones(32), 2, 8, "layer")
-    direct, moved = observed(grouping.apply(x)), grouped_statistics(observed(x), grouping)
+    direct, moved = observed(grouping.apply(x)), grouped_statistics(observed(x), grouping, headroom=1.0)
+    assert torch.equal(grouped_statistics(observed(x), grouping).range_max, HEADROOM * direct.range_max)
     assert torch.equal(moved.range_max, direct.range_max) and torch.equal(moved.range_min, direct.range_min)
     assert torch.allclose(moved.rows, direct.rows.float(), rtol=1e-3)
 
@@ -223,7 +225,34 @@ def test_choose_activation_takes_channel_groups_for_channel_outliers(generator):
     x, _ = channel_outliers(generator)
     choice = choose_activation(LINEAR, observed(x), torch.randn(64, 320, generator=generator), ONE_GROUP, 4, 8)
     assert choice.scheme.is_grouped and choice.groups >= 2 and choice.granularity == 8
-    assert choice.sqnr_db["channel_group on token"] > choice.sqnr_db["token"] + 9
+    assert choice.sqnr_db["channel_group of 8 on token"] > choice.sqnr_db["token"] + 9
+
+
+def test_choose_activation_takes_finer_groups_only_where_they_gain_enough(generator):
+    x = torch.randn(256, 320, generator=generator)
+    x[:, :16] *= 60  # one block of 16, two of 8
+    weight = torch.randn(64, 320, generator=generator)
+    assert choose_activation(LINEAR, observed(x), weight, ONE_GROUP, 4, 8).granularity == 16
+    x[:, 8:16] /= 60  # half of a block of 16 is wasted, which costs nothing much: its channels share the outliers' scale
+    x[:, 40:48] *= 60
+    x[:, 80:88] *= 60
+    sizes = {size: choose_activation(LINEAR, observed(x), weight, ONE_GROUP, 4, size).granularity for size in (8, 128)}
+    assert sizes == {8: 16, 128: 128}
+    assert granularities(64) == (128, 64) and granularities(128) == (128,) and granularities(8) == (16, 8)
+
+
+def test_choose_activation_of_static_modes_alone_offers_no_dynamic_scale(generator):
+    x = torch.randn(256, 320, generator=generator)
+    weight = torch.randn(64, 320, generator=generator)
+    static = choose_activation(LINEAR, observed(x), weight, ONE_GROUP, 4, 8, modes=(ActivationMode.STATIC,))
+    assert static.scheme.is_static and all(name.endswith("static") for name in static.sqnr_db)
+
+
+def test_output_sqnr_is_the_mean_of_the_buckets_decibels():
+    rows, buckets = torch.tensor([[100.0], [1.0]]), torch.tensor([9, 3])
+    noisy = torch.tensor([[110.0], [1.01]])
+    assert output_sqnr_db(rows, noisy, torch.ones(1, 1), buckets) == pytest.approx((20 + 40) / 2, abs=1e-3)
+    assert output_sqnr_db(rows, noisy, torch.ones(1, 1)) == pytest.approx(20, abs=0.01)
 
 
 def test_choose_activation_takes_token_for_row_outliers(generator):
@@ -235,8 +264,17 @@ def test_choose_activation_takes_token_for_row_outliers(generator):
 
 def test_choose_activation_takes_static_where_a_zero_point_pays(generator):
     x = torch.nn.functional.silu(torch.randn(256, 64, generator=generator))
-    choice = choose_activation(CONV, observed(x), torch.randn(32, 64, 3, 3, generator=generator), ONE_GROUP, 4, 8)
+    layer = LINEAR.replace("attn1.to_q", "ff.net.2")
+    choice = choose_activation(layer, observed(x), torch.randn(32, 64, generator=generator), ONE_GROUP, 4, 8)
     assert choice.scheme.activation is ActivationMode.STATIC and not choice.scheme.symmetric
+
+
+def test_choose_activation_gives_a_dynamic_convolution_after_silu_a_zero_point(generator):
+    x = torch.nn.functional.silu(torch.randn(256, 64, generator=generator))
+    weight = torch.randn(32, 64, 3, 3, generator=generator)
+    choice = choose_activation(CONV, observed(x), weight, ONE_GROUP, 4, 8)
+    symmetric = output_sqnr_db(x.half().float(), simulated_rows(observed(x), Scheme(), ONE_GROUP, is_conv=True), weight)
+    assert choice.scheme == Scheme(symmetric=False) and choice.sqnr_db["token"] > symmetric + 4
 
 
 def test_choose_activation_keeps_rows_scales_where_tokens_need_them(generator):

@@ -11,8 +11,9 @@ from stepquant.errors import FormatError, SchemeError
 from stepquant.quant import atomic_file
 from stepquant.quant.file_format import QuantizedLayer, QuantizedModel, read_header, read_model, write_model
 from stepquant.quant.recipe import Recipe
+from stepquant.quant.scheme import FP8 as FP8_SCHEME
 from stepquant.quant.scheme import ActivationMode, Scheme
-from stepquant.quant.weight import quantize_weight
+from stepquant.quant.weight import FP8, quantize_weight
 
 LINEAR, CONV = "middle_block.1.proj_in", "middle_block.0.in_layers.2"
 
@@ -176,3 +177,42 @@ def test_write_model_leaves_no_scraps_when_cancelled(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         _write(tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def _fp8_model() -> QuantizedModel:
+    weight = quantize_weight(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), LINEAR, FP8)
+    layer = QuantizedLayer(weight.codes, weight.scale, bias=torch.zeros(8).half())
+    return _model(layers={LINEAR: layer}, recipe=Recipe({LINEAR: FP8_SCHEME}, "w8a8-fp8", "preset"))
+
+
+def test_fp8_codes_come_back_bit_for_bit(tmp_path):
+    model = _fp8_model()
+    write_model(tmp_path / "m.safetensors", model, "0.1.0")
+    with safe_open(str(tmp_path / "m.safetensors"), "pt") as file:
+        assert file.get_slice(f"model.diffusion_model.{LINEAR}.qweight").get_dtype() == "F8_E4M3"
+    loaded = read_model(tmp_path / "m.safetensors").layers[LINEAR]
+    assert loaded.qweight.dtype is FP8
+    assert torch.equal(loaded.qweight.view(torch.uint8), model.layers[LINEAR].qweight.view(torch.uint8))
+    assert torch.equal(loaded.weight_scale, model.layers[LINEAR].weight_scale)
+
+
+@pytest.mark.parametrize("nan", [0x7F, 0xFF], ids=hex)
+def test_read_names_the_layer_when_fp8_codes_hold_nan(tmp_path, nan):
+    path = tmp_path / "m.safetensors"
+    write_model(path, _fp8_model(), "0.1.0")
+
+    def damage(tensors):
+        tensors[f"model.diffusion_model.{LINEAR}.qweight"].view(torch.uint8)[3, 5] = nan
+
+    _rewrite(path, damage)
+    with pytest.raises(FormatError, match=f"{LINEAR}: qweight holds NaN"):
+        read_model(path)
+
+
+def test_read_names_the_layer_when_codes_are_not_of_the_schemes_type(tmp_path):
+    path = tmp_path / "m.safetensors"
+    write_model(path, _fp8_model(), "0.1.0")
+    key = f"model.diffusion_model.{LINEAR}.qweight"
+    _rewrite(path, lambda tensors: tensors.update({key: tensors[key].view(torch.int8)}))
+    with pytest.raises(FormatError, match=f"{LINEAR}: qweight is torch.int8 .* torch.float8_e4m3fn"):
+        read_model(path)

@@ -11,8 +11,10 @@ from stepquant.quant.file_format import QuantizedLayer, QuantizedModel
 from stepquant.quant.int4 import quantize_int4
 from stepquant.quant.native_format import native_tensors, write_native
 from stepquant.quant.recipe import Recipe
+from stepquant.quant.scheme import FP8 as FP8_SCHEME
 from stepquant.quant.scheme import ActivationMode, ComputeType, Scheme
-from stepquant.quant.weight import quantize_weight
+from stepquant.quant.sqnr import sqnr_db
+from stepquant.quant.weight import FP8, dequantize_weight, quantize_weight
 
 LINEAR, CONV = "middle_block.1.proj_in", "middle_block.0.in_layers.2"
 
@@ -83,3 +85,14 @@ def test_a_convolution_beyond_16_bit_is_refused_by_name(tmp_path):
     with pytest.raises(FormatError, match=CONV.replace(".", r"\.")):
         write_native(tmp_path / "native.safetensors", _model(factor=1e6))
     assert not list(tmp_path.iterdir())
+
+
+def test_fp8_linears_become_int8_near_the_same_weight():
+    model = _model(scheme=FP8_SCHEME)
+    weight = quantize_weight(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), LINEAR, FP8)
+    model.layers[LINEAR] = QuantizedLayer(weight.codes, weight.scale, model.layers[LINEAR].bias)
+    tensors = native_tensors(model)
+    assert tensors[f"{LINEAR}.weight"].dtype is torch.int8
+    assert json.loads(bytes(tensors[f"{LINEAR}.comfy_quant"].tolist())) == {"format": "int8_tensorwise"}
+    expected = dequantize_weight(weight.codes, weight.scale, torch.float32)
+    assert sqnr_db(expected, tensors[f"{LINEAR}.weight"].float() * tensors[f"{LINEAR}.weight_scale"]) > 38
