@@ -35,7 +35,10 @@ def plan(
     shared: Annotated[bool, typer.Option("--shared", help="One division of the schedule for all layers instead of one each.")] = False,
     protect: Annotated[list[str] | None, typer.Option(help="Layer that stays 16 bit; * for any part. May be given again.")] = None,
     channel_groups: Annotated[int, typer.Option(min=1, max=16, help="Also offer channel groups, at most so many a layer.")] = 1,
-    granularity: Annotated[int, typer.Option(help="Channels per block of a channel group: 8, 16, 32, 64 or 128.")] = 64,
+    granularity: Annotated[
+        int, typer.Option(help="Finest channels per block: 8, 16, 32, 64 or 128. Twice as many unless these are 2 dB better.")
+    ] = 64,
+    int4: Annotated[bool, typer.Option("--int4", help="Also offer 4-bit weights; give --max-size-mb, or none will be taken.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Choose a number format for every layer: the best predicted quality within limits."""
@@ -46,6 +49,7 @@ def plan(
     from ..quant.plan import make_plan, measure_options, unquantized_bytes
     from ..quant.plan_program import Budget
     from ..quant.recipe import preset_recipe
+    from ..quant.rounding.method import Rounding
 
     check_writable(out)
     statistics = Calibration.load(calibration)
@@ -64,6 +68,7 @@ def plan(
             channel_groups,
             granularity,
             start("Measuring layers"),
+            Rounding() if int4 else None,
         )
     made = make_plan(options, budget, chosen, unquantized_bytes(shapes, layers))
     write_bytes(out, json.dumps(made.recipe.to_json()).encode())

@@ -90,6 +90,13 @@ class StepQuantPlan(io.ComfyNode):
                     "More than 1 offers every layer that many channel groups too: its input channels sorted by size, each group with a "
                     "scale of its own. Finer, a little slower, and takes minutes to try. Usually 1 (none), or 8.",
                 ),
+                io.Boolean.Input(
+                    "four_bits",
+                    default=False,
+                    advanced=True,
+                    tooltip="Also offers 4-bit weights, for files smaller than int8's: set max_size_mb too, 1540 for a 4 GB card. "
+                    "Usually off.",
+                ),
             ],
             outputs=[
                 RecipeType.Output("recipe", display_name="recipe", tooltip="For Quantize SDXL, together with the same calibration."),
@@ -116,6 +123,7 @@ class StepQuantPlan(io.ComfyNode):
         protect: str = "",
         channel_groups: int = 1,
         granularity: str = str(DEFAULT_GRANULARITY),
+        four_bits: bool = False,
     ) -> io.NodeOutput:
         from ..hosts.comfy.plan import plan_model
         from .plan_plots import plan_pictures
@@ -128,7 +136,7 @@ class StepQuantPlan(io.ComfyNode):
         )
         protected = [line.strip() for line in protect.splitlines() if line.strip()]
         bar = comfy.utils.ProgressBar(1)
-        groups = {"channel_groups": channel_groups, "granularity": int(granularity)}
+        groups = {"channel_groups": channel_groups, "granularity": int(granularity), "four_bits": four_bits}
         plan = plan_model(model, calibration, grouping, timestep_groups, budget, protected, bar.update_absolute, **groups)
         pictures = [to_tensor(picture) for picture in plan_pictures(plan, calibration)]
         report = "\n".join(plan.lines())

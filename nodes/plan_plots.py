@@ -121,7 +121,7 @@ def _draw_cell(draw: ImageDraw.ImageDraw, x: float, y: float, names: Sequence[st
 
 
 def _letter(label: str) -> str:
-    return "16" if label == "fp16" else label[0]
+    return "16" if label == "fp16" else "4" if label.startswith("w4") else label[0]
 
 
 def _kind(name: str) -> str:

@@ -8,19 +8,21 @@ What of it reaches the UNet's output was measured (sensitivity.py). Weight and a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .activation_choice import MIN_GAIN_DB, choose_grouping
+from .activation_choice import FINER_GAIN_DB, MIN_GAIN_DB, choose_grouping, granularities
 from .activation_noise import simulated_rows
-from .channel_group import weight_energy
-from .int4 import GROUP_SIZE
+from .channel_group import max_groups, weight_energy
+from .int4 import GROUP_SIZE, can_be_int4
+from .int8_rounding import gptq_int8
 from .layers import LayerSpec, has_symmetric_input, needs_row_scales
 from .observer import LayerStatistics
-from .scheme import ActivationMode, ComputeType, Scheme
+from .rounding.method import Rounding
+from .scheme import ActivationMode, ComputeType, Scheme, token_scheme
 from .sensitivity import LayerSensitivity
 from .timestep import NUM_BUCKETS, ScaleCurve
 from .weight import dequantize_weight, quantize_weight
@@ -28,11 +30,16 @@ from .weight import dequantize_weight, quantize_weight
 FP16 = "fp16"
 WEIGHT_ONLY = "w8a16"
 TOKEN, STATIC, CHANNEL_GROUP = (mode.value for mode in (ActivationMode.TOKEN, ActivationMode.STATIC, ActivationMode.CHANNEL_GROUP))
+PIXEL = ActivationMode.PIXEL.value
 TOKEN_GROUP = "channel_group on token"  # channel groups whose base scale follows the row, or the image
+INT4_TOKEN, INT4_STATIC, INT4_WEIGHT_ONLY = "w4 token", "w4 static", "w4a16"
 
 # Time per multiply-add against fp16: the order matters to a plan, not the figures. int8 products have twice fp16's rate on every
-# card that has them; a dynamic scale is one more pass over the input, channel groups shift inside the product.
+# card that has them; a dynamic scale is one more pass over the input, channel groups shift inside the product. 4-bit weights are
+# unpacked in the product: 1.27 times int8's on an H200.
 TIME_PER_MAC = {FP16: 1.0, WEIGHT_ONLY: 1.05, STATIC: 0.5, TOKEN: 0.55, CHANNEL_GROUP: 0.6, TOKEN_GROUP: 0.65}
+TIME_PER_MAC |= {PIXEL: 0.62}
+TIME_PER_MAC |= {INT4_STATIC: 0.64, INT4_TOKEN: 0.69, INT4_WEIGHT_ONLY: 1.3}
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Option:
 
     @property
     def is_integer(self) -> bool:
-        return self.label not in (FP16, WEIGHT_ONLY)
+        return self.label not in (FP16, WEIGHT_ONLY, INT4_WEIGHT_ONLY)
 
 
 @dataclass(frozen=True)
@@ -68,12 +75,15 @@ class LayerOptions:
         return next((option for option in self.options if option.label == label), None)
 
 
-def candidate_schemes(spec: LayerSpec, channel_groups: int = 1, granularity: int = 64) -> dict[str, Scheme | None]:
+def candidate_schemes(spec: LayerSpec, channel_groups: int = 1, granularity: int = 64, int4: bool = False) -> dict[str, Scheme | None]:
     """The schemes a plan may choose from for one layer, by label.
 
-    Args: channel_groups: more than 1 adds channel groups where the layer has channels enough.
+    Args: channel_groups: more than 1 adds channel groups where the layer has channels enough. granularity: the finest; layer_options
+        takes the coarser one of activation_choice.granularities unless this gains FINER_GAIN_DB. int4: adds 4-bit weights where they fit.
     """
-    found: dict[str, Scheme | None] = {TOKEN: Scheme()}
+    found: dict[str, Scheme | None] = {TOKEN: token_scheme(spec.name)}
+    if spec.is_conv and spec.shape[-1] > 1:
+        found[PIXEL] = replace(found[TOKEN], activation=ActivationMode.PIXEL)
     groups = min(channel_groups, spec.in_channels // granularity)
     grouped = Scheme(activation=ActivationMode.CHANNEL_GROUP, channel_groups=groups, granularity=granularity)
     if not needs_row_scales(spec.name):
@@ -83,7 +93,11 @@ def candidate_schemes(spec: LayerSpec, channel_groups: int = 1, granularity: int
             found[CHANNEL_GROUP] = replace(grouped, symmetric=symmetric)
     if groups > 1:
         found[TOKEN_GROUP] = replace(grouped, group_base=ActivationMode.TOKEN)
-    return {**found, WEIGHT_ONLY: Scheme(activation=ActivationMode.FP16, compute=ComputeType.FP16), FP16: None}
+    weight_only = Scheme(activation=ActivationMode.FP16, compute=ComputeType.FP16)
+    if int4 and can_be_int4(spec.shape):
+        twins = {INT4_TOKEN: found[TOKEN], INT4_STATIC: found.get(STATIC), INT4_WEIGHT_ONLY: weight_only}
+        found |= {label: replace(scheme, weight_bits=4) for label, scheme in twins.items() if scheme is not None}
+    return {**found, WEIGHT_ONLY: weight_only, FP16: None}
 
 
 def layer_options(
@@ -93,18 +107,20 @@ def layer_options(
     sensitivity: LayerSensitivity,
     groups: tuple[int, ...] | ScaleCurve,
     schemes: Mapping[str, Scheme | None],
+    rounding: Rounding | None = None,
+    moments: Tensor | None = None,
 ) -> LayerOptions:
     """Noise and bytes of every scheme.
 
     Args:
         weight: (N, K) or (Cout, Cin, kh, kw), any float dtype and device; left unchanged.
         groups: of static scales, as Recipe.groups_of gives them.
-    Raises: WeightError if the weight is not finite.
+        rounding: of 4-bit weights; None for plain. moments: of the layer's input, if int8 weights will be rounded by them
+            (int8_rounding.py); their noise is then less by the share that they tell, which recorded rows, without neighbours, cannot.
+    Raises: WeightError if the weight is not finite; what `rounding` raises.
     """
     weight = weight.detach().float()
     matrix = _as_matrix(weight)
-    codes = quantize_weight(weight, spec.name)
-    weight_error = _as_matrix(dequantize_weight(codes.codes, codes.scale, torch.float32)) - matrix
     rows = statistics.rows.float().to(weight.device)
     gain, ratio = sensitivity.at(statistics.buckets)
 
@@ -112,20 +128,69 @@ def layer_options(
         """(R,) noise energy of each row's output -> (V,) relative to the output's energy."""
         return _bucket_means(statistics, noise_rows.double().cpu(), rows.square().sum(1).double().cpu()) / ratio
 
-    weight_noise = per_bucket((rows @ weight_error).square().sum(1))
+    rounded = _rounded_weights(spec.name, weight, {s.weight_bits for s in schemes.values() if s is not None}, rounding or Rounding())
+    weight_noise = {bits: per_bucket((rows @ (_as_matrix(one) - matrix)).square().sum(1)) for bits, one in rounded.items()}
+    if moments is not None and 8 in weight_noise:
+        weight_noise[8] = weight_noise[8] * rounding_gain(spec.name, weight, rounded[8], moments.to(weight.device))
     is_conv = spec.is_conv and spec.shape[-1] > 1
-    options = []
+    options, plain = [], []
     for label, scheme in schemes.items():
         local = torch.zeros_like(gain)
         if scheme is not None:
-            local = weight_noise
+            local = weight_noise[scheme.weight_bits]
         if scheme is not None and scheme.activation is not ActivationMode.FP16:
-            grouping = choose_grouping(spec.name, statistics, weight, scheme, groups, is_conv) if scheme.is_grouped else None
-            energy = weight_energy(weight).cpu() if scheme.is_grouped else None
-            noisy = simulated_rows(statistics, scheme, groups, is_conv=is_conv, grouping=grouping, energy=energy).to(weight.device)
-            local = weight_noise + per_bucket(((noisy - rows) @ matrix).square().sum(1))
+            found = []
+            for one in _granularities(scheme, spec.in_channels):
+                grouping = choose_grouping(spec.name, statistics, weight, one, groups, is_conv) if one.is_grouped else None
+                energy = weight_energy(weight).cpu() if one.is_grouped else None
+                noisy = simulated_rows(statistics, one, groups, is_conv=is_conv, grouping=grouping, energy=energy).to(weight.device)
+                found.append((one, per_bucket(((noisy - rows) @ matrix).square().sum(1))))
+                if _mean_log10(found[-1][1]) > min(plain, default=math.inf):
+                    break  # finer groups will not make up for that
+            if not scheme.is_grouped:
+                plain.append(_mean_log10(found[-1][1]))
+            scheme, noise = _coarsest_good(found)
+            local = local + noise
         options.append(Option(label, scheme, local, local * gain, stored_bytes(spec, scheme)))
     return LayerOptions(spec.name, statistics.buckets, _macs(spec, statistics), _worth_it(options), 2 * math.prod(spec.shape))
+
+
+def _mean_log10(noise: Tensor) -> float:
+    return float(noise.clamp_min(1e-30).log10().mean())
+
+
+def rounding_gain(name: str, weight: Tensor, plain: Tensor, moments: Tensor) -> float:
+    """Noise of the layer's output with weights rounded by the moments, relative to that of plainly rounded ones."""
+    codes = gptq_int8(weight, moments, name)
+    errors = [(one - weight).flatten(1) for one in (dequantize_weight(codes.codes, codes.scale, torch.float32), plain)]
+    noise = [float(((error @ moments) * error).sum()) for error in errors]
+    return noise[0] / max(noise[1], 1e-30)
+
+
+def _granularities(scheme: Scheme, K: int) -> list[Scheme]:
+    """The scheme itself, or its channel groups with each granularity that makes two groups at least, coarsest first."""
+    if not scheme.is_grouped:
+        return [scheme]
+    sizes = [size for size in granularities(scheme.granularity) if size == scheme.granularity or max_groups(K, size) > 1]
+    return [replace(scheme, granularity=size, channel_groups=min(scheme.channel_groups, max_groups(K, size))) for size in sizes]
+
+
+def _coarsest_good(found: list[tuple[Scheme, Tensor]]) -> tuple[Scheme, Tensor]:
+    """The first of (scheme, noise per bucket), unless the last makes FINER_GAIN_DB less noise, in the mean over buckets."""
+    (_, coarse), (_, fine) = found[0], found[-1]
+    gain = 10 * (_mean_log10(coarse) - _mean_log10(fine))
+    return found[-1] if gain >= FINER_GAIN_DB else found[0]
+
+
+def _rounded_weights(name: str, weight: Tensor, widths: Collection[int], rounding: Rounding) -> dict[int, Tensor]:
+    """fp32 weights of the layer's own shape that the codes of each width stand for."""
+    rounded = {}
+    if 8 in widths:
+        codes = quantize_weight(weight, name)
+        rounded[8] = dequantize_weight(codes.codes, codes.scale, torch.float32)
+    if 4 in widths:
+        rounded[4] = rounding.round(weight, name).dequantize()
+    return rounded
 
 
 def _worth_it(options: list[Option]) -> tuple[Option, ...]:

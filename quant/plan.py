@@ -22,6 +22,7 @@ from .layer_noise import FP16, LayerOptions, candidate_schemes, layer_options
 from .layers import LayerSpec
 from .plan_program import INTEGER_SHARE, Budget, Program, decibels
 from .recipe import Recipe
+from .rounding.method import Rounding
 from .scheme import Scheme
 
 FRONTIER_SHARES, FRONTIER_SIZES = (1.0, INTEGER_SHARE, 0.9, 0.5), 4
@@ -88,6 +89,8 @@ def measure_options(
     channel_groups: int = 1,
     granularity: int = 64,
     progress: Callable[[int, int], None] | None = None,
+    rounding: Rounding | None = None,
+    moments: Mapping[str, Tensor] | None = None,
 ) -> list[LayerOptions]:
     """Noise and bytes of every scheme of every layer.
 
@@ -96,6 +99,7 @@ def measure_options(
         protected: names or patterns (`*.ff.net.2`) of layers that stay 16 bit.
         channel_groups, granularity: as layer_noise.candidate_schemes takes them.
         progress: called with (layers done, layers in all).
+        rounding: offers 4-bit weights too, rounded so; None: 8 bits only. moments: by layer, where int8 weights will be rounded by them.
     Raises: CalibrationError if a layer was not observed or not probed; PlanError if a pattern fits no layer.
     """
     _check_patterns(layers, protected)
@@ -107,9 +111,10 @@ def measure_options(
         if name not in calibration.sensitivity:
             raise CalibrationError(f"{name}: its sensitivity was not measured, and a plan needs it. Calibrate again with sensitivity on.")
         kept = any(fnmatch.fnmatchcase(name, pattern) for pattern in protected)
-        schemes = {FP16: None} if kept else candidate_schemes(spec, channel_groups, granularity)
+        schemes = {FP16: None} if kept else candidate_schemes(spec, channel_groups, granularity, int4=rounding is not None)
         statistics, sensitivity = calibration.layers[name], calibration.sensitivity[name]
-        measured.append(layer_options(spec, weight_of(name), statistics, sensitivity, recipe.groups_of(name), schemes))
+        rounded = (rounding, (moments or {}).get(name))
+        measured.append(layer_options(spec, weight_of(name), statistics, sensitivity, recipe.groups_of(name), schemes, *rounded))
         if progress is not None:
             progress(done, len(layers))
     return measured

@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 
 from ..errors import SchemeError
 from .int4 import can_be_int4
-from .layers import LayerSpec, has_symmetric_input, needs_row_scales
+from .layers import LayerSpec, gains_from_fp8, has_symmetric_input, keeps_8_bits, needs_row_scales
 from .log2_attention import AttentionScheme, attention_schemes
 from .real_sensitivity import kept_16_bit
 from .saturation import DEFAULT_LIMIT
-from .scheme import ActivationMode, ComputeType, Scheme
+from .scheme import FP8, ActivationMode, ComputeType, Scheme, token_scheme
 from .timestep import NUM_BUCKETS, ScaleCurve, uniform_groups
 
-PRESETS = ("w8a8-token", "w8a8-static", "w4a8-token")
+INT4_PRESETS = ("w4a8-token", "w4a8-mixed")
+FP8_PRESET = "w8a8-fp8"
+PRESETS = ("w8a8-token", "w8a8-static", *INT4_PRESETS, FP8_PRESET)
 # Of a layer whose input does not bear 8 bits, in a preset that saves memory first.
 INT4_FLOAT = Scheme(weight_bits=4, activation=ActivationMode.FP16, compute=ComputeType.FP16)
 DEFAULT_GROUPS = 8  # best in ADP-DM's ablation (arXiv 2305.18723)
@@ -91,25 +93,30 @@ def preset_recipe(preset: str, layers: Iterable[str] | Mapping[str, LayerSpec], 
 
     Args:
         preset: one of PRESETS.
-        layers: layer names, as found by layers.find_layers; with their shapes for w4a8-token, which gives 4 bits to Linears.
+        layers: layer names, as found by layers.find_layers; with their shapes for w4a8-token, which gives 4 bits to Linears, and for
+            w4a8-mixed, which leaves 8 to those that layers.keeps_8_bits names.
         groups: timestep groups of static activations, 1 to 64.
-    Without a calibration (the token presets) real_sensitivity.kept_16_bit tells what stays 16 bit; in w4a8-token the input only.
+    Without a calibration (the token presets) real_sensitivity.kept_16_bit tells what stays 16 bit; of 4-bit weights the input only,
+    beside fp8 nothing.
     Raises: SchemeError if the preset is unknown.
     """
     if preset not in PRESETS:
         raise SchemeError(f"preset {preset!r}: unknown; choose one of {', '.join(PRESETS)}.")
     static = preset == "w8a8-static"
-    if preset == "w4a8-token" and not isinstance(layers, Mapping):
+    if preset in INT4_PRESETS and not isinstance(layers, Mapping):
         raise SchemeError(f"{preset}: layers without shapes; which ones can have 4 bits depends on them. Pass what find_layers found.")
     names, schemes = list(layers), {}
-    kept = frozenset() if static else kept_16_bit(names)
+    # These layers are in fp8 there, whose error is a share of each value, however large another in its row is.
+    kept = frozenset() if static or preset == FP8_PRESET else kept_16_bit(names)
     for name in names:
-        if preset == "w4a8-token" and can_be_int4(layers[name].shape):
+        if preset in INT4_PRESETS and can_be_int4(layers[name].shape) and not (preset == "w4a8-mixed" and keeps_8_bits(name)):
             schemes[name] = INT4_FLOAT if name in kept else Scheme(weight_bits=4)
         elif name in kept:
             continue
+        elif preset == FP8_PRESET and gains_from_fp8(name):
+            schemes[name] = FP8
         elif static and not needs_row_scales(name):
             schemes[name] = Scheme(activation=ActivationMode.STATIC, symmetric=has_symmetric_input(name))
         else:
-            schemes[name] = Scheme()
+            schemes[name] = token_scheme(name)
     return Recipe(schemes, preset, "preset", uniform_groups(groups if static else 1))

@@ -14,6 +14,7 @@ from ...quant.grouping import choose_groups
 from ...quant.plan import Plan, make_plan, measure_options, unquantized_bytes
 from ...quant.plan_program import Budget
 from ...quant.recipe import Recipe, preset_recipe
+from ...quant.rounding.method import Rounding
 from .quantize import quantizable_layers, weight_reader
 
 
@@ -27,6 +28,7 @@ def plan_model(
     progress: Callable[[int, int], None] | None = None,
     channel_groups: int = 1,
     granularity: int = 64,
+    four_bits: bool = False,
 ) -> Plan:
     """The best recipe for `model` within the budget, with its frontier; `model` is only read.
 
@@ -35,7 +37,7 @@ def plan_model(
         grouping, groups: how static scales follow the timestep (quant/grouping.py). protected: names or patterns.
         progress: called with (layers done, layers in all), over grouping and measuring.
         channel_groups: more than 1 also offers every layer so many groups of input channels, where it has enough of them.
-        granularity: channels per block of a group.
+        granularity: channels per block of a group. four_bits: also offers 4-bit weights, rounded plainly as Quantize does.
     Raises: ModelError if `model` is no SDXL or quantized already; CalibrationError if a layer was not observed or probed;
         PlanError if nothing fits.
     """
@@ -53,7 +55,7 @@ def plan_model(
     static = preset_recipe("w8a8-static", layers).schemes
     chosen = choose_groups(grouping, groups, calibration, static, progress=report(0))
     measured = (layers, weight_reader(model), calibration, chosen, protected, channel_groups, granularity)
-    options = measure_options(*measured, progress=report(len(layers)))
+    options = measure_options(*measured, progress=report(len(layers)), rounding=Rounding() if four_bits else None)
     return make_plan(options, budget, chosen, unquantized_bytes(shapes, layers), with_frontier=True)
 
 

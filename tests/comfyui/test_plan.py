@@ -9,6 +9,7 @@ from sampling_run import conditioning
 from stepquant.errors import CalibrationError, ModelError
 from stepquant.hosts.comfy.calibrate import calibrate
 from stepquant.hosts.comfy.compare import compare_models
+from stepquant.hosts.comfy.layouts import unpack
 from stepquant.hosts.comfy.plan import plan_model
 from stepquant.hosts.comfy.quantize import quantizable_layers, quantize_model, weight_reader
 from stepquant.hosts.comfy.sampling import SamplerSettings
@@ -73,6 +74,15 @@ def test_plan_is_made_of_the_weight_that_would_be_quantized(model, add_lora):
     assert torch.equal(plain, model.model.diffusion_model.get_submodule(name).weight.float())
 
 
+def test_plan_with_four_bits_fits_a_file_that_int8_does_not(model, probed):
+    int8 = plan_model(model, probed, "uniform", 4, Budget(integer_share=1.0))
+    plan = plan_model(model, probed, "uniform", 4, Budget(size_bytes=int(0.9 * int8.size_bytes), integer_share=1.0), four_bits=True)
+    assert plan.size_bytes <= 0.9 * int8.size_bytes and plan.mean_db < int8.mean_db
+    quantized = quantize_model(model, plan.recipe, probed)
+    four = [name for name, scheme in plan.recipe.schemes.items() if scheme.is_int4]
+    assert four and all(unpack(quantized.model.diffusion_model.get_submodule(name).weight).group_scale is not None for name in four)
+
+
 def test_plan_refuses_a_quantized_model(model, probed):
     with pytest.raises(ModelError, match="already quantized"):
         plan_model(quantize_model(model, "w8a8-token"), probed, "uniform", 4, Budget())
@@ -85,6 +95,25 @@ def test_calibrate_of_the_noisiest_step_takes_one_call_a_run(model):
     handle.remove()
     assert len(calls) == 2
     assert {tuple(one.buckets.tolist()) for one in found.layers.values()} == {(63,)}
+
+
+def test_calibrate_progressively_observes_each_step_after_quantized_ones(model):
+    calls = []
+    handle = model.model.diffusion_model.register_forward_hook(lambda *_: calls.append(1))
+    full = run(model).layers[LAYER]
+    steps = len(calls)
+    found = run(model, mode="progressive").layers[LAYER]
+    handle.remove()
+    assert len(calls) == 3 * steps
+    assert torch.equal(found.count, full.count)
+    # Buckets ascend: the last is the first step's, before which nothing was quantized.
+    assert torch.equal(found.range_max[-1], full.range_max[-1]) and not torch.equal(found.range_max[0], full.range_max[0])
+
+
+def test_calibrate_progressively_probes_the_float_model(model):
+    probed, plain = run(model, mode="progressive", probes=1), run(model, mode="progressive")
+    assert set(probed.sensitivity) == set(probed.layers)
+    assert all(torch.equal(probed.layers[name].range_max, plain.layers[name].range_max) for name in plain.layers)
 
 
 def test_calibrate_by_srm_looks_at_a_quarter_of_the_later_runs(model):

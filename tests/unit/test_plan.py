@@ -12,6 +12,9 @@ from stepquant.quant.calibration import Calibration
 from stepquant.quant.grouping import choose_groups
 from stepquant.quant.layer_noise import (
     FP16,
+    INT4_STATIC,
+    INT4_TOKEN,
+    INT4_WEIGHT_ONLY,
     STATIC,
     TIME_PER_MAC,
     TOKEN,
@@ -27,6 +30,7 @@ from stepquant.quant.observer import LayerObserver
 from stepquant.quant.plan import make_plan, measure_options, uniform_plan, unquantized_bytes
 from stepquant.quant.plan_program import Budget, Program
 from stepquant.quant.recipe import Recipe
+from stepquant.quant.rounding.method import Rounding
 from stepquant.quant.scheme import ActivationMode, Scheme
 from stepquant.quant.sensitivity import LayerSensitivity
 from stepquant.quant.timestep import uniform_groups
@@ -201,6 +205,33 @@ def test_candidates_of_layers_with_a_scale_per_row_have_no_static_one():
     assert STATIC not in candidate_schemes(LayerSpec("input_blocks.4.1.transformer_blocks.0.attn2.to_k", (64, 64)))
     assert list(candidate_schemes(LayerSpec("middle_block.1.proj_in", (64, 64)))) == [TOKEN, STATIC, WEIGHT_ONLY, FP16]
     assert set(candidate_schemes(LayerSpec("middle_block.1.proj_in", (64, 512)), channel_groups=4)) <= set(TIME_PER_MAC)
+
+
+def test_candidates_with_4_bits_are_for_linears_of_whole_groups():
+    linear = candidate_schemes(LayerSpec("middle_block.1.proj_in", (64, 64)), int4=True)
+    assert set(linear) == {TOKEN, STATIC, INT4_TOKEN, INT4_STATIC, INT4_WEIGHT_ONLY, WEIGHT_ONLY, FP16} and set(linear) <= set(TIME_PER_MAC)
+    assert [linear[label].weight_bits for label in (INT4_TOKEN, INT4_STATIC, INT4_WEIGHT_ONLY)] == [4, 4, 4]
+    for shape in ((64, 48), (64, 64, 3, 3)):
+        assert not {INT4_TOKEN, INT4_STATIC, INT4_WEIGHT_ONLY} & set(
+            candidate_schemes(LayerSpec("middle_block.1.proj_in", shape), int4=True)
+        )
+
+
+def test_plan_takes_4_bits_where_the_file_must_be_small_and_8_where_they_cost_most():
+    names, generator = ("middle_block.1.proj_in", "middle_block.1.proj_out"), torch.Generator().manual_seed(1)
+    weights = {name: torch.randn(64, 128, generator=generator) for name in names}
+    observer = LayerObserver(128)
+    observer.update(torch.randn(2, 200, 128, generator=generator), [4, 60])
+    gains = dict(zip(names, (1.0, 100.0), strict=True))
+    calibration = Calibration(dict.fromkeys(names, observer.statistics()), {}, {name: sensitivity(gain) for name, gain in gains.items()})
+    specs = {name: LayerSpec(name, (64, 128)) for name in names}
+    options = measure_options(specs, weights.__getitem__, calibration, UNIFORM, rounding=Rounding())
+    small, large = (sum(stored_bytes(spec, Scheme(weight_bits=bits)) for spec in specs.values()) for bits in (4, 8))
+    plan = make_plan(options, Budget(size_bytes=(small + large) // 2), UNIFORM, 0)
+    assert [plan.recipe.schemes[name].weight_bits for name in names] == [4, 8]
+    free = make_plan(options, Budget(size_bytes=large), UNIFORM, 0)
+    assert [free.recipe.schemes[name].weight_bits for name in names] == [8, 8]
+    assert small <= make_plan(options, Budget(size_bytes=small), UNIFORM, 0).size_bytes < plan.size_bytes < free.size_bytes
 
 
 def test_stored_bytes_are_those_of_the_tensors():

@@ -6,7 +6,7 @@ from stepquant.errors import ModelError, SchemeError
 from stepquant.quant.layers import check_is_sdxl, find_layers, has_symmetric_input
 from stepquant.quant.real_sensitivity import SDXL_WORST_DB, kept_16_bit
 from stepquant.quant.recipe import Recipe, preset_recipe
-from stepquant.quant.scheme import ActivationMode
+from stepquant.quant.scheme import FP8, ActivationMode, Scheme
 
 SHAPES = {
     "input_blocks.0.0.weight": (320, 4, 3, 3),
@@ -50,6 +50,22 @@ def test_static_preset_keeps_prompt_and_embedding_layers_dynamic():
 def test_token_preset_needs_no_calibration():
     assert not preset_recipe("w8a8-token", find_layers(SHAPES)).needs_calibration
     assert preset_recipe("w8a8-static", find_layers(SHAPES)).needs_calibration
+
+
+def test_fp8_preset_takes_fp8_after_geglu_and_int8_elsewhere():
+    after_geglu = {*SDXL_WORST_DB, "input_blocks.4.1.transformer_blocks.0.ff.net.2"}
+    others = set(find_layers(SHAPES)) - after_geglu
+    recipe = preset_recipe("w8a8-fp8", [*after_geglu, *others])
+    assert {name for name, scheme in recipe.schemes.items() if scheme == FP8} == after_geglu
+    assert {name: recipe.schemes[name] for name in others} == preset_recipe("w8a8-token", others).schemes
+    assert not recipe.needs_calibration
+    assert Recipe.from_json(recipe.to_json(), "file") == recipe
+
+
+@pytest.mark.parametrize("change", [{"weight_bits": 4}, {"activation": "static"}, {"symmetric": False}, {"activation": "fp16"}], ids=str)
+def test_fp8_scheme_names_the_layer_when_it_asks_for_more_than_dynamic_symmetric_scales(change):
+    with pytest.raises(SchemeError, match=r"layer: fp8 .* Update StepQuant"):
+        Scheme.from_json(FP8.to_json() | change, "layer")
 
 
 def test_recipe_survives_json():
