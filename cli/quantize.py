@@ -21,9 +21,16 @@ def quantize(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Quantized file to write (.safetensors).")],
     preset: Annotated[str, typer.Option(help=f"{' or '.join(PRESETS)}; the static one needs --calibration.")] = PRESETS[0],
-    rounding: Annotated[str, typer.Option(help="Of 4-bit weights: plain, or gptq, which needs --hessians.")] = "plain",
+    rounding: Annotated[
+        str,
+        typer.Option(help="Of 4-bit weights: plain, gptq (needs --hessians) or reconstruct (needs --blocks, --hessians too for the rest)."),
+    ] = "plain",
     hessians: Annotated[Path | None, typer.Option(help="Folder made by `hessians` on this model.")] = None,
+    blocks: Annotated[Path | None, typer.Option(help="Folder made by `reconstruct` on this model with this preset or recipe.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="File made by `calibrate` on this model.")] = None,
+    bias_correction: Annotated[
+        bool, typer.Option("--bias-correction", help="Fold the mean of what rounding changes into biases; needs --calibration.")
+    ] = False,
     recipe: Annotated[Path | None, typer.Option(help="File made by `plan`; then --preset and --groups are not used.")] = None,
     groups: Annotated[int, typer.Option(min=1, max=64, help="Timestep groups of static scales. Usual is 8.")] = DEFAULT_GROUPS,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
@@ -32,19 +39,20 @@ def quantize(
     """Quantize SDXL's UNet to 8 or 4 bit; text encoders and VAE of a whole checkpoint are copied as they are."""
     from ..hosts.quantize_file import quantize_file
     from ..quant.calibration import Calibration
+    from ..quant.rounding.method import RoundingMethod
 
-    how = _rounding(rounding, hessians)
-    if hessians is not None and not as_json:
+    how = _rounding(rounding, hessians, blocks)
+    if how.method is RoundingMethod.GPTQ and not as_json:
         _say_cost(how, source_path(source))
     path = source_path(source)
     check_out(path, out, overwrite)
-    chosen = preset if recipe is None else _read_recipe(recipe)
+    chosen = preset if recipe is None else read_recipe(recipe)
     name = preset if recipe is None else chosen.preset
     if calibration is None and (preset == "w8a8-static" if recipe is None else chosen.needs_calibration):
         raise CalibrationError(f"{name}: needs --calibration FILE. Make one with `calibrate`, or use w8a8-token.")
     statistics = Calibration.load(calibration) if calibration else None
     with progress_bar(quiet=as_json) as start:
-        model = quantize_file(path, out, chosen, groups, statistics, start("Quantizing layers"), how)
+        model = quantize_file(path, out, chosen, groups, statistics, start("Quantizing layers"), how, bias_correction)
     before, after = path.stat().st_size, out.stat().st_size
     if as_json:
         print_json({"file": str(out), "preset": name, "layers": len(model.layers), "size_bytes": after, "source_size_bytes": before})
@@ -52,14 +60,14 @@ def quantize(
     console.print(f"{out}: {name}, {len(model.layers)} layers, {size_text(before)} -> {size_text(after)}")
 
 
-def _rounding(name: str, hessians: Path | None):
+def _rounding(name: str, hessians: Path | None, blocks: Path | None):
+    from ..quant.rounding.folder import RoundedFolder
     from ..quant.rounding.hessian import HessianFolder
-    from ..quant.rounding.method import Rounding, RoundingMethod, rounding_method
+    from ..quant.rounding.method import Rounding, rounding_method
 
-    method = rounding_method(name)
-    if method is RoundingMethod.PLAIN or hessians is None:
-        return Rounding(method)  # which says that gptq needs Hessians
-    return Rounding(method, HessianFolder(hessians).read)
+    hessian = None if hessians is None else HessianFolder(hessians).read
+    rounded = None if blocks is None else RoundedFolder(blocks).find
+    return Rounding(rounding_method(name), hessian, rounded)  # says what the method lacks
 
 
 def _say_cost(rounding, path: Path) -> None:
@@ -81,7 +89,8 @@ def source_path(source: str) -> Path:
     return Path(source)
 
 
-def _read_recipe(path: Path):
+def read_recipe(path: Path):
+    """The recipe in a file. Raises FormatError or SchemeError if it cannot be used."""
     from ..quant.recipe import Recipe
 
     try:

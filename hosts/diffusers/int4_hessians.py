@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...errors import CalibrationError
 from ...quant.int4 import can_be_int4
 from ...quant.layers import LayerSpec, check_is_sdxl, find_layers
-from ...quant.rounding.hessian import HessianFolder, HessianObserver, hessian_bytes, readers, uses_hessian
+from ...quant.rounding.hessian import HessianFolder, HessianObserver, hessian_bytes, input_of, readers, uses_hessian
 from ..key_mapping import ldm_to_diffusers
 from .quantize import unet_shapes
 from .trajectory import Progress, Sampling, sample_latents
@@ -85,6 +85,17 @@ def gather_hessians(
         for name, observer in observers.items():
             files.write(name, observer)
     return files
+
+
+@contextmanager
+def hessians_observed(unet: nn.Module) -> Iterator[Callable[[str], Tensor]]:
+    """While the block runs, whatever runs the UNet is observed. Yields what gives a layer's Hessian afterwards, for Rounding.
+
+    Takes memory for all inputs at once: for models small enough. Raises ModelError as hessian_layers.
+    """
+    layers = hessian_layers(unet)
+    with _observed(unet, readers(layers), layers) as observers:
+        yield lambda layer: observers[input_of(layer)].mean(layer)
 
 
 def _parts(inputs: Mapping[str, str], layers: Mapping[str, LayerSpec], memory_bytes: int) -> list[dict[str, str]]:

@@ -59,6 +59,12 @@ class HessianObserver:
         self.total.addmm_(rows.t(), rows)
         self.rows += rows.shape[0]
 
+    def mean(self, name: str) -> Tensor:
+        """(K, K), over the rows. Raises: CalibrationError naming the input if nothing finite was seen."""
+        if not self.rows or not bool(torch.isfinite(self.total).all()):
+            raise CalibrationError(f"{name}: {self.rows} rows seen, or some not finite. Calibrate with a model that makes sound pictures.")
+        return self.total / self.rows
+
 
 @dataclass(frozen=True)
 class HessianFolder:
@@ -77,14 +83,10 @@ class HessianFolder:
 
     def write(self, name: str, observer: HessianObserver) -> None:
         """Raises: FormatError if it cannot be written; CalibrationError if nothing finite was seen."""
-        if not observer.rows or not bool(torch.isfinite(observer.total).all()):
-            raise CalibrationError(
-                f"{name}: {observer.rows} rows seen, or some not finite. Calibrate with a model that makes sound pictures."
-            )
+        mean = observer.mean(name).cpu()
         self.folder.mkdir(parents=True, exist_ok=True)
-        K = observer.total.shape[0]
-        upper = torch.triu_indices(K, K)
-        mean = observer.total.cpu()[upper[0], upper[1]] / observer.rows
+        upper = torch.triu_indices(*mean.shape)
+        mean = mean[upper[0], upper[1]]
         header = {"version": HESSIAN_VERSION, "name": name, "rows": observer.rows, "summary": dict(self.summary or {})}
         save_tensors(self._path(name), {"upper": mean}, {HESSIAN_KEY: json.dumps(header)})
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from stepquant.cli.app import app
 from stepquant.quant.file_format import read_model
+from stepquant.quant.rounding.folder import RoundedFolder
 from stepquant.quant.rounding.gptq import gptq_int4
 from stepquant.quant.rounding.hessian import HessianFolder, HessianObserver
 
@@ -74,10 +75,11 @@ def _weight(unet):
     ("options", "message"),
     [
         (["--rounding", "gptq"], "rounding gptq: there are no Hessians"),
+        (["--rounding", "reconstruct"], "rounding reconstruct: nothing was learned"),
         (["--rounding", "magic"], "rounding 'magic': unknown"),
         (["--rounding", "gptq", "--hessians", "nowhere"], "is missing, and GPTQ needs it"),
     ],
-    ids=["no folder", "unknown", "empty folder"],
+    ids=["no folder", "nothing learned", "unknown", "empty folder"],
 )
 def test_quantize_says_in_one_sentence_what_rounding_needs(options, message, unet, tmp_path):
     result = run("quantize", unet, tmp_path / "out.safetensors", "--preset", "w4a8-token", *options)
@@ -93,3 +95,24 @@ def test_hessians_says_what_gathering_would_take(tmp_path):
     report = json.loads(result.stdout)
     assert report["runs"] == 1 and report["unet_calls"] % 4 == 0 and not report["gathered"]
     assert not (tmp_path / "hessians").exists()
+
+
+def test_quantize_takes_what_reconstruct_learned(unet, tmp_path):
+    hessian = torch.eye(192) + 0.5
+    learned = gptq_int4(_weight(unet), hessian, LINEAR)
+    RoundedFolder(tmp_path / "blocks").write("middle_block.1", {LINEAR: learned})
+    out = tmp_path / "out.safetensors"
+    result = run("quantize", unet, out, "--preset", "w4a8-token", "--rounding", "reconstruct", "--blocks", tmp_path / "blocks")
+    assert result.exit_code == 0, result.output
+    assert torch.equal(read_model(out).layers[LINEAR].qweight, learned.packed())
+
+
+def test_reconstruct_says_what_it_would_take(tmp_path):
+    pytest.importorskip("diffusers", reason="the embedded engine needs diffusers (stepquant[demo])")
+    result = run("reconstruct", "demo", tmp_path / "blocks", "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["blocks"] == 17 and report["samples"] == 24 // 2 * 3 * 4 and not report["rounded"]
+    text = run("reconstruct", "demo", tmp_path / "blocks", "--dry-run").stdout
+    assert "17 blocks on 144 samples" in text and "min here" in text
+    assert not (tmp_path / "blocks").exists()

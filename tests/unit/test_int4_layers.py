@@ -45,6 +45,16 @@ def _x(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("K", [64, 192])
+def test_layers_whose_4_bit_weights_were_written_out_give_the_same_products(K, monkeypatch):
+    layers, rows = [_tensors(_weight(K=K)), _tensors(_weight(K=K), bias=None)], dispatch.quantize_token(_x(9, K))
+    assert fused.written_out(layers, 9, K) is None  # the CPU has no such kernels
+    monkeypatch.setattr(dispatch, "expands_int4", lambda rows, device: rows == 9)
+    for layer, written in zip(layers, fused.written_out(layers, 9, K), strict=True):
+        assert written.qweight.dtype is torch.int8 and written.group_scale is None
+        assert torch.equal(fused.product(rows, layer, torch.float32), fused.product(rows, written, torch.float32))
+
+
 @pytest.mark.parametrize("K", [64, 192, 256])
 def test_linear_with_4_bit_weights_is_the_float_layer_up_to_its_input_codes(K):
     weight, x = _weight(K=K), _x(2, 9, K)
@@ -99,6 +109,17 @@ def test_w4a8_preset_gives_4_bits_to_linears_with_whole_groups_only():
     assert not preset_recipe("w4a8-token", find_layers(shapes)).needs_calibration
     with pytest.raises(SchemeError, match="w4a8-token: layers without shapes"):
         preset_recipe("w4a8-token", [LINEAR])
+
+
+def test_mixed_preset_leaves_8_bits_to_what_4_cost_most():
+    kept = {f"{LINEAR}.weight": (64, 64), "middle_block.1.proj_out.weight": (64, 64), "middle_block.0.emb_layers.1.weight": (64, 64)}
+    shapes = kept | {"middle_block.1.transformer_blocks.0.ff.net.2.weight": (64, 256)}
+    layers = find_layers(shapes)
+    bits = [scheme.weight_bits for scheme in preset_recipe("w4a8-mixed", layers).schemes.values()]
+    assert bits == [8, 8, 8, 4]
+    assert [scheme.weight_bits for scheme in preset_recipe("w4a8-token", layers).schemes.values()] == [4, 4, 4, 4]
+    with pytest.raises(SchemeError, match="w4a8-mixed: layers without shapes"):
+        preset_recipe("w4a8-mixed", list(layers))
 
 
 def test_scheme_refuses_4_bit_weights_in_channel_groups():
@@ -215,6 +236,17 @@ def test_hessians_are_gathered_in_parts_resumed_and_leave_nothing_behind(pipelin
         gather_hessians(pipeline, PROMPTS[1:], tmp_path, _quick())
     with pytest.raises(CalibrationError, match="no prompts"):
         gather_hessians(pipeline, [], tmp_path)
+
+
+def test_hessians_observed_along_with_another_run_are_those_of_that_run(pipeline, tmp_path):
+    from stepquant.hosts.diffusers.int4_hessians import gather_hessians, hessians_observed
+    from stepquant.hosts.diffusers.trajectory import sample_latents
+
+    with hessians_observed(pipeline.unet) as hessian:
+        sample_latents(pipeline, PROMPTS[:1], _quick(), 2)
+    assert not any(module._forward_pre_hooks for module in pipeline.unet.modules())
+    layer = "middle_block.1.transformer_blocks.0.attn1.to_k"
+    assert torch.allclose(hessian(layer), gather_hessians(pipeline, PROMPTS[:1], tmp_path, _quick()).read(layer), rtol=1e-4)
 
 
 def _cancel(done, total):
