@@ -1,0 +1,1 @@
+"""Factors of a quantized model's scales, and what they are trained with (TuneQDM)."""
