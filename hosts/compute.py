@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import SchemeError
 from ..kernels import dispatch
 from ..kernels.dispatch import ChannelGroups, Kept, QuantizedActivation, StaticScale
+from ..quant.layers import dynamic_low
 from ..quant.mac_counter import MacCounter
 from ..quant.saturation import LayerSaturation
 from ..quant.scheme import ActivationMode, ComputeType, Scheme
@@ -22,7 +23,7 @@ from ..quant.weight import dequantize_weight
 class LayerTensors:
     """What one layer's forward needs, all on the input's device.
 
-    qweight: int8 (N, K), or (Cout, kh, kw, Cin); packed of 4-bit weights, which have a group_scale as the kernels take it
+    qweight: int8 or fp8 (N, K), or (Cout, kh, kw, Cin); packed of 4-bit weights, which have a group_scale as the kernels take it
         (kernels/int4_weight.py). weight_scale: fp32 (N,). bias: (N,) any float dtype, or None.
     weight_sums: from sums_of_codes, or None if the activation is symmetric.
     act_scale: fp32 (64,), act_zero_point: int32 (64,), of static layers; None otherwise.
@@ -57,9 +58,24 @@ class LayerTensors:
         return Kept(self.qweight, self.weight_scale, self.weight_sums, self.bias, self.group_scale)
 
     @property
+    def is_fp8(self) -> bool:
+        return self.qweight.dtype is dispatch.FP8
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Of the activation's codes."""
+        return dispatch.FP8 if self.is_fp8 else torch.int8
+
+    @property
     def is_static(self) -> bool:
         """Whether the stored scales are in use."""
         return self.scheme.is_static and self.act_scale is not None and not (self.saturation is not None and self.saturation.switched)
+
+    @cached_property
+    def dynamic_low(self) -> float | None:
+        """The fixed low end of a dynamic scale per image or pixel; None if that is symmetric."""
+        asymmetric = not self.scheme.symmetric and self.groups is None and self.weight_sums is not None
+        return dynamic_low(self.name) if asymmetric else None
 
     @property
     def clipped(self) -> Tensor | None:
@@ -125,15 +141,16 @@ def conv2d(x: Tensor, layer: LayerTensors, bucket: Tensor, stride: int, padding:
         activation = dispatch.quantize_channel_group(x, layer.groups, _static_scale(layer, bucket, x.shape[0]))
         operands = (activation, layer.groups, layer.qweight, layer.weight_scale, layer.weight_sums, layer.bias)
         y = dispatch.channel_group_conv2d(*operands, stride, padding, out_dtype=x.dtype)
+    elif layer.scheme.activation is ActivationMode.PIXEL and padding == 1:
+        operands = (layer.qweight, layer.weight_scale, layer.weight_sums, layer.bias)
+        y = dispatch.int8_pixel_conv2d(dispatch.quantize_pixel(x, layer.dynamic_low), *operands, stride, out_dtype=x.dtype)
     else:
         activation = (
             dispatch.quantize_static(x, layer.act_scale, layer.act_zero_point, bucket, layer.clipped)
             if layer.is_static and x.shape[0] % bucket.numel() == 0
-            else dispatch.quantize_image(x)
+            else dispatch.quantize_image(x, layer.dynamic_low, layer.code_dtype)
         )
-        y = dispatch.int8_conv2d(
-            activation, layer.qweight, layer.weight_scale, layer.weight_sums, layer.bias, stride, padding, out_dtype=x.dtype
-        )
+        y = code_convolution(activation, layer, x.dtype, stride, padding)
     count_macs(layer, y.numel() * layer.qweight[0].numel(), x.device)
     return y
 
@@ -158,8 +175,7 @@ def _linear_rows(rows: Tensor, layer: LayerTensors, bucket: Tensor | None) -> Te
         operands = (activation, layer.groups, qweight, layer.weight_scale, layer.weight_sums, layer.bias)
         y = dispatch.channel_group_gemm(*operands, out_dtype=rows.dtype)
     else:
-        activation = _quantized_rows(rows, layer, bucket)
-        y = dispatch.int8_gemm(activation, qweight, layer.weight_scale, layer.weight_sums, layer.bias, out_dtype=rows.dtype)
+        y = code_product(_quantized_rows(rows, layer, bucket), layer, rows.dtype)
     count_macs(layer, rows.numel() * qweight.shape[0], rows.device)
     return y
 
@@ -168,7 +184,25 @@ def _quantized_rows(rows: Tensor, layer: LayerTensors, bucket: Tensor | None) ->
     """By the stored scales, or without them per token."""
     if layer.is_static and bucket is not None and rows.shape[0] % bucket.numel() == 0:
         return dispatch.quantize_static(rows, layer.act_scale, layer.act_zero_point, bucket, layer.clipped)
-    return dispatch.quantize_token(rows)
+    return dispatch.quantize_token(rows, layer.code_dtype)
+
+
+def code_product(rows: QuantizedActivation, layer: LayerTensors, dtype: torch.dtype, addend: Tensor | None = None) -> Tensor:
+    """A Linear or 1x1 convolution with 8-bit weights on their kind of codes (M, K) -> (M, N) dtype. addend: as int4_product's."""
+    qweight = layer.qweight.flatten(1)  # (N, K): a 1x1 conv's codes too
+    if layer.is_fp8:
+        return dispatch.fp8_gemm(rows, qweight, layer.weight_scale, layer.bias, out_dtype=dtype, addend=addend)
+    return dispatch.int8_gemm(rows, qweight, layer.weight_scale, layer.weight_sums, layer.bias, out_dtype=dtype, addend=addend)
+
+
+def code_convolution(
+    images: QuantizedActivation, layer: LayerTensors, dtype: torch.dtype, stride: int, padding: int, addend: Tensor | None = None
+) -> Tensor:
+    """A 3x3 convolution on its kind of codes (B, H, W, C) -> (B, Cout, Ho, Wo) dtype, channels_last. addend: as of fused.convolution."""
+    options = {"out_dtype": dtype, "addend": addend}
+    if layer.is_fp8:
+        return dispatch.fp8_conv2d(images, layer.qweight, layer.weight_scale, layer.bias, stride, padding, **options)
+    return dispatch.int8_conv2d(images, layer.qweight, layer.weight_scale, layer.weight_sums, layer.bias, stride, padding, **options)
 
 
 def int4_product(rows: Tensor | QuantizedActivation, layer: LayerTensors, dtype: torch.dtype, addend: Tensor | None = None) -> Tensor:
@@ -191,5 +225,6 @@ def _bias_as(layer: LayerTensors, dtype: torch.dtype) -> Tensor | None:
 def count_macs(layer: LayerTensors, macs: int, device: torch.device) -> None:
     """Tell the layer's counter, if it has one, of a call's multiply-adds, and whether they ran as integers."""
     if layer.counter is not None:
-        integer = not layer.keeps_float_input and dispatch.choose_backend(device).backend.is_integer
+        choose = dispatch.choose_fp8_backend if layer.is_fp8 else dispatch.choose_backend
+        integer = not layer.keeps_float_input and choose(device).backend.is_integer
         layer.counter.record(layer.name, macs, integer)

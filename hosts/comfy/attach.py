@@ -19,6 +19,7 @@ from . import blocks, kv_cache, lora, saturation, scale_lora
 from .attention import set_attention
 from .dense_saving import bind_dense_saving
 from .graph import UNetRunner, bind_runner
+from .guard import forget_returned_forwards
 from .ops import QuantizableOp
 from .saturation import SaturationGuard
 from .scale_bank import ScaleBank
@@ -113,6 +114,7 @@ def attach(
 
 
 def _on_pre_run(patcher: ModelPatcher) -> None:
+    forget_returned_forwards(patcher.model.diffusion_model)
     lora.reconcile(patcher)
     scale_lora.reconcile(patcher)
     patcher.model.stepquant.saturation.begin_run()

@@ -14,6 +14,18 @@ def is_stock(*classes: type[nn.Module]) -> bool:
     return all(cls.forward.__module__ == cls.__module__ for cls in classes)
 
 
+def forget_returned_forwards(module: nn.Module) -> None:
+    """Take away forwards that are the class's own again, everywhere below `module`.
+
+    Who replaces a forward and gives it back (LoraLoaderBypass after each run) leaves the class's on the instance. It is
+    called all the same, but looks like a replaced one.
+    """
+    for each in module.modules():
+        forward = vars(each).get("forward")
+        if getattr(forward, "__self__", None) is each and forward.__func__ is type(each).forward:
+            del each.forward
+
+
 class Unowned:
     """A reference that a module's own forward may hold to it: an owning one would keep gigabytes until the next collection."""
 

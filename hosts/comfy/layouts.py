@@ -1,4 +1,4 @@
-"""int8 weights as comfy_kitchen QuantizedTensors, which ComfyUI's memory management, LoRA and merge code understands.
+"""int8 and fp8 weights as comfy_kitchen QuantizedTensors, which ComfyUI's memory management, LoRA and merge code understands.
 
 Codes, scales, code sums and channel groups of a layer lie in one buffer, not in tensors beside each other. comfy_kitchen copies a
 QuantizedTensor's codes and its parameters by different routes: detach() copies the parameters, so that ComfyUI's
@@ -23,10 +23,10 @@ from ...kernels.channel_group import Borders
 from ...kernels.dispatch import ChannelGroups
 from ...kernels.int8_conv2d import BORDER_CLASSES
 from ...quant.channel_group import ChannelGrouping, regrouped_weight
-from ...quant.weight import dequantize_weight, quantize_weight
+from ...quant.weight import FP8, dequantize_weight, quantize_weight
 from ..compute import sums_of_codes
 
-LAYOUT, INT4_LAYOUT = LAYOUTS = ("StepQuantInt8", "StepQuantInt4")
+LAYOUT, INT4_LAYOUT, FP8_LAYOUT = LAYOUTS = ("StepQuantInt8", "StepQuantInt4", "StepQuantFp8")
 # Kernels load 16 bytes at a time; the parts of the buffer start at multiples of it.
 ALIGNMENT = 16
 
@@ -40,7 +40,7 @@ class GroupTable(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightParts:
-    """Views into one buffer. qweight: int8 (N, K) or (Cout, kh, kw, Cin). weight_scale: fp32 (N,). weight_sums: compute.sums_of_codes.
+    """Views into one buffer. qweight: int8 or e4m3 (N, K) or (Cout, kh, kw, Cin). weight_scale: fp32 (N,). weight_sums: see compute.py.
 
     groups: of a layer with channel groups, whose qweight holds the input channels in their order; None elsewhere.
     group_scale: of 4-bit weights, whose qweight is packed (kernels/int4_weight.py); None elsewhere.
@@ -58,6 +58,8 @@ class Int8Layout(QuantizedLayout):
 
     dequantize() returns ComfyUI's order: OIHW for a conv, and the model's order of input channels.
     """
+
+    CODES = torch.int8
 
     @dataclass(frozen=True)
     class Params:
@@ -87,7 +89,7 @@ class Int8Layout(QuantizedLayout):
         Stochastic rounding is ignored: codes rounded to nearest are as near, and two loads give the same picture.
         """
         if groups is None:
-            weight = quantize_weight(tensor, "a patched weight")
+            weight = quantize_weight(tensor, "a patched weight", cls.CODES)
         else:
             groups = groups.to(tensor.device)
             grouping = ChannelGrouping(groups.order, groups.exponents.to(tensor.device), groups.granularity)
@@ -97,7 +99,7 @@ class Int8Layout(QuantizedLayout):
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: Params) -> Tensor:
-        parts = _views(qdata, params)
+        parts = cls.views(qdata, params)
         order = None if parts.groups is None else parts.groups.order
         return dequantize_weight(parts.qweight, parts.weight_scale, params.orig_dtype, order)
 
@@ -113,7 +115,7 @@ class Int8Layout(QuantizedLayout):
     @classmethod
     def views(cls, qdata: Tensor, params: Params) -> WeightParts:
         """The parts of a buffer; no copies."""
-        return _views(qdata, params)
+        return _views(qdata, params, cls.CODES)
 
     @staticmethod
     def aligned(size: int) -> int:
@@ -126,7 +128,14 @@ class Int8Layout(QuantizedLayout):
         return {}
 
 
+class Fp8Layout(Int8Layout):
+    """The same with e4m3 codes. Without sums and groups: floating-point codes need neither."""
+
+    CODES = FP8
+
+
 register_layout_class(LAYOUT, Int8Layout)
+register_layout_class(FP8_LAYOUT, Fp8Layout)
 
 
 def make_weight(
@@ -135,7 +144,7 @@ def make_weight(
     """The live weight of a layer.
 
     Args:
-        qweight: int8 (N, K) or (Cout, kh, kw, Cin), its input channels in the order of `groups`. weight_scale: fp32 (N,).
+        qweight: int8 or e4m3 (N, K) or (Cout, kh, kw, Cin), its input channels in the order of `groups`. weight_scale: fp32 (N,).
         has_sums: the layer's activations have a zero point.
         dtype: what the weight is for the rest of ComfyUI, and what it dequantizes to.
     """
@@ -143,7 +152,8 @@ def make_weight(
     if len(shape) == 4:
         shape = (shape[0], shape[3], shape[1], shape[2])
     params = Int8Layout.Params(dtype, shape, has_sums, _table_of(groups))
-    return QuantizedTensor(pack(qweight, weight_scale, has_sums, groups), LAYOUT, params)
+    layout = FP8_LAYOUT if qweight.dtype is FP8 else LAYOUT
+    return QuantizedTensor(pack(qweight, weight_scale, has_sums, groups), layout, params)
 
 
 def is_quantized(weight: Tensor | None) -> bool:
@@ -188,7 +198,7 @@ def _table_of(groups: ChannelGroups | None) -> GroupTable | None:
     return None if groups is None else GroupTable(groups.borders, groups.granularity)
 
 
-def _views(buffer: Tensor, params: Int8Layout.Params) -> WeightParts:
+def _views(buffer: Tensor, params: Int8Layout.Params, codes_dtype: torch.dtype) -> WeightParts:
     shape, channels = params.orig_shape, params.orig_shape[0]
     inputs = shape[1]
     if len(shape) == 4:
@@ -213,4 +223,4 @@ def _views(buffer: Tensor, params: Int8Layout.Params) -> WeightParts:
         order, factors = take(torch.int32, inputs), [take(torch.float32, inputs) for _ in range(2)]
         tables = [take(torch.int32, len(params.groups.borders)) for _ in range(2)]
         groups = ChannelGroups(order, *factors, *tables, *params.groups)
-    return WeightParts(buffer[:codes].view(shape), scale, sums, groups)
+    return WeightParts(buffer[:codes].view(codes_dtype).view(shape), scale, sums, groups)

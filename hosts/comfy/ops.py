@@ -23,15 +23,18 @@ from ...errors import FormatError
 from ...kernels import dispatch
 from ...quant.channel_group import granularity_of
 from ...quant.file_format import QuantizedLayer
+from ...quant.layers import dynamic_low
 from ...quant.mac_counter import MacCounter
 from ...quant.saturation import LayerSaturation
 from ...quant.scheme import Scheme
 from .. import compute
 from ..fused import NormTensors
+from . import compiled
 from .int4_layout import make_int4_weight
 from .layouts import is_quantized, make_weight, unpack
 from .low_rank import LowRankBranch
 from .residency import ResidentNorm, ResidentPlain, ResidentWeight
+from .scale_bank import ScaleBank
 from .tap import TimestepTap
 
 STORED_PARTS = ("weight_scale", "group_scale", "bias", "act_scale", "act_zero_point", "channel_order", "channel_exponents")
@@ -61,8 +64,10 @@ class QuantizableOp:
     branch: LowRankBranch | None = None
     branch_patches: list | None = None  # what the branch was made of
     merged: tuple | None = None  # (weight that lora.py made, patches that are in it)
+    memory_format = torch.contiguous_format  # of what the kernels put out
     counter: MacCounter | None = None
     saturation: LayerSaturation | None = None  # set by saturation.py
+    scales: ScaleBank | None = None  # set by scale_lora.py
     resident: ResidentWeight | ResidentPlain | None = None  # set by residency.py; answers while it holds the weights
 
     def _start_empty(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
@@ -74,10 +79,21 @@ class QuantizableOp:
         self.weight = self.bias = None
         self.register_buffer("act_scale", None)
         self.register_buffer("act_zero_point", None)
+        self.number = compiled.number(self)
+
+    def __setstate__(self, state: dict) -> None:
+        """A copy is being made."""
+        super().__setstate__(state)
+        self.number = compiled.number(self)
 
     @property
     def is_quantized(self) -> bool:
         return is_quantized(self.weight)
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Of the codes that the layer takes."""
+        return dispatch.FP8 if self.scheme.is_fp8 else torch.int8
 
     @property
     def is_held(self) -> bool:
@@ -100,11 +116,12 @@ class QuantizableOp:
                 f"this UNet needs {expected}, {'no' if self._shapes['bias'] is None else 'a'} bias. "
                 "The file is of another architecture or damaged; download or make it again."
             )
-        has_sums = layer.act_zero_point is not None
+        has_low = dynamic_low(self.layer_name) is not None and layer.qweight.dtype is not dispatch.FP8
+        has_zero_point = layer.act_zero_point is not None or has_low
         if layer.group_scale is not None:
-            weight = make_int4_weight(layer, has_sums, self.compute_dtype)
+            weight = make_int4_weight(layer, has_zero_point, self.compute_dtype)
         else:
-            weight = make_weight(layer.qweight, layer.weight_scale, has_sums, self.compute_dtype, _groups_of(layer))
+            weight = make_weight(layer.qweight, layer.weight_scale, has_zero_point, self.compute_dtype, _groups_of(layer))
         self.weight = nn.Parameter(weight, requires_grad=False)
         if layer.bias is not None:
             self.bias = nn.Parameter(layer.bias.to(self.compute_dtype, copy=True), requires_grad=False)
@@ -202,10 +219,11 @@ class QuantizableOp:
             want_requant=True,
         )
 
-    def _forward_quantized(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor, bucket: Tensor) -> Tensor:
+        """The quantized layer's forward. bucket: as `self.bucket` gives it."""
         with self.borrow(x) as tensors:
             if tensors is not None:
-                y = self._quantized(x, tensors, self.bucket(x.device))
+                y = self._quantized(x, tensors, bucket)
         if tensors is None:
             y = self._forward_edited(x)
         return y if self.branch is None else y + self._beside(x, self.branch.on(x.device, x.dtype))
@@ -214,6 +232,8 @@ class QuantizableOp:
         """A weight function has edited the float weight, or the kernels do not fit: exact, without integer compute."""
         with self.fetch(x) as (weight, bias):
             weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+            if self.scales is not None:
+                weight = self.scales.multiplied(self.layer_name, weight.transpose(0, -1)).transpose(0, -1)
             return self._count_float(self._float(x, weight.to(x.dtype), bias))
 
     def tensors_of(
@@ -256,7 +276,8 @@ class QuantizableOp:
         if self.observes_timestep and self.tap is not None:
             self.tap.observe(x)
         if self.is_quantized:
-            return self._forward_quantized(x)
+            bucket = self.bucket(x.device)
+            return compiled.layer(x, bucket, self.number) if torch.compiler.is_compiling() else self.run(x, bucket)
         if self.is_held and self.resident.weight.dtype == x.dtype:
             return self._float(x, self.resident.weight, self.resident.bias)
         return self._count_float(self.forward_comfy_cast_weights(x))
@@ -281,7 +302,10 @@ class _Borrowed:
             return None
         # In low VRAM the layer's tables stay on the CPU with it.
         tables = [None if table is None else table.to(device) for table in (layer.act_scale, layer.act_zero_point)]
-        return layer.tensors_of(weight, bias, *tables)
+        tensors = layer.tensors_of(weight, bias, *tables)
+        if layer.scales is not None:
+            tensors.weight_scale = layer.scales.multiplied(layer.layer_name, tensors.weight_scale)
+        return tensors
 
     def __exit__(self, *error: object) -> None:
         self._fetched.__exit__(*error)
@@ -295,8 +319,10 @@ class _BorrowedNorm:
 
     def __enter__(self) -> NormTensors:
         self._fetched = comfy.ops.CastBiasWeightContext(self._norm, self._x, offloadable=True)
-        weight, bias = self._fetched.__enter__()
-        return NormTensors(weight, bias, self._norm.eps)
+        norm, (weight, bias) = self._norm, self._fetched.__enter__()
+        if norm.scales is not None:
+            weight, bias = (norm.scales.multiplied(norm.layer_name, part) for part in (weight, bias))
+        return NormTensors(weight, bias, norm.eps)
 
     def __exit__(self, *error: object) -> None:
         self._fetched.__exit__(*error)
@@ -335,7 +361,12 @@ class StepQuantOps(comfy.ops.manual_cast):
         def _beside(self, x: Tensor, branch: LowRankBranch) -> Tensor:
             return F.linear(F.linear(x, branch.down), branch.up)
 
+        def output_of(self, x: Tensor) -> Tensor:
+            return x.new_empty((*x.shape[:-1], self.out_features))
+
     class Conv2d(QuantizableOp, comfy.ops.manual_cast.Conv2d):
+        memory_format = torch.channels_last
+
         def __init__(self, *args: Any, device: Any = None, dtype: Any = None, **kwargs: Any) -> None:
             super().__init__(*args, device="meta", dtype=dtype, **kwargs)
             self._start_empty(device, dtype)
@@ -353,16 +384,33 @@ class StepQuantOps(comfy.ops.manual_cast):
         def _beside(self, x: Tensor, branch: LowRankBranch) -> Tensor:
             return F.conv2d(self._conv_forward(x, branch.down, None), branch.up)
 
+        def output_of(self, x: Tensor) -> Tensor:
+            height, width = (
+                (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+                for size, padding, dilation, kernel, stride in zip(
+                    x.shape[2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True
+                )
+            )
+            return x.new_empty((x.shape[0], self.out_channels, height, width))
+
     class GroupNorm(comfy.ops.manual_cast.GroupNorm):
         resident: ResidentNorm | None = None
+        scales: ScaleBank | None = None
 
         def forward(self, x: Tensor) -> Tensor:
             norm = resident_norm(self, x)
-            return super().forward(x) if norm is None else F.group_norm(x, self.num_groups, norm.weight, norm.bias, norm.eps)
+            if norm is not None:
+                return F.group_norm(x, self.num_groups, norm.weight, norm.bias, norm.eps)
+            y = super().forward(x)
+            return y if self.scales is None else self.scales.multiplied(self.layer_name, y.transpose(1, -1)).transpose(1, -1)
 
     class LayerNorm(comfy.ops.manual_cast.LayerNorm):
         resident: ResidentNorm | None = None
+        scales: ScaleBank | None = None
 
         def forward(self, x: Tensor) -> Tensor:
             norm = resident_norm(self, x)
-            return super().forward(x) if norm is None else F.layer_norm(x, self.normalized_shape, norm.weight, norm.bias, norm.eps)
+            if norm is not None:
+                return F.layer_norm(x, self.normalized_shape, norm.weight, norm.bias, norm.eps)
+            y = super().forward(x)
+            return y if self.scales is None else self.scales.multiplied(self.layer_name, y)

@@ -16,6 +16,7 @@ from ..compute import LayerTensors
 from ..fused import NormTensors
 from . import pages as dynamic_vram
 from .pages import Pages
+from .scale_bank import ScaleBank
 
 PARTLY_LOADED = "only part of the model is in VRAM"
 EDITED = "a node edits weights while they are fetched"
@@ -138,6 +139,8 @@ class Residency:
         for module, _ in self._residents:
             module.__dict__.pop("resident", None)
         self._residents = []
+        if (scales := self._scales()) is not None:
+            scales.forget()
 
     def _still_there(self, device: torch.device) -> bool:
         if self._settled_on != device or any(_address(tensors[name]) != address for tensors, name, address in self._places):
@@ -166,8 +169,14 @@ class Residency:
             if reason is not None:
                 return reason
         self._note_addresses()
+        if (scales := self._scales()) is not None:
+            scales.refresh()
         self._settled_on = like.device
         return None
+
+    def _scales(self) -> ScaleBank | None:
+        """The factors on the weights, if any are in use."""
+        return next((scales for module in self._modules if (scales := getattr(module, "scales", None)) is not None), None)
 
     def _own_places(self, module: nn.Module) -> list[tuple[dict, str, int]]:
         """Where a module's tensors are that are not in dynamic VRAM's pages."""
@@ -210,8 +219,13 @@ class Residency:
             bias = self._steady(index, "bias", bias)
         if getattr(module, "is_quantized", False):
             tables = [self._steady(index, name, getattr(module, name)) for name in ("act_scale", "act_zero_point")]
-            return ResidentWeight(self.lease, module.tensors_of(weight, bias, *tables))
+            tensors = module.tensors_of(weight, bias, *tables)
+            if module.scales is not None:
+                tensors.weight_scale = module.scales.hold(module.layer_name, "weight_scale", tensors.weight_scale)
+            return ResidentWeight(self.lease, tensors)
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            if module.scales is not None:
+                weight, bias = (module.scales.hold(module.layer_name, *part) for part in (("weight", weight), ("bias", bias)))
             return ResidentNorm(self.lease, NormTensors(weight, bias, module.eps))
         return ResidentPlain(self.lease, weight, bias)
 

@@ -63,7 +63,7 @@ def stored_model(
     """What a file of this MODEL holds, without LoRAs and merges. Raises ModelError if it is not a quantized one."""
     state = state_of(model)
     if state is None:
-        raise ModelError("Save quantized: this model is not quantized. Connect the output of Quantize SDXL (StepQuant).")
+        raise ModelError("Save and Export native: this model is not quantized. Connect the output of Quantize SDXL (StepQuant).")
     return QuantizedModel(
         layers=_layers(model),
         rest=_rest(model),

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ...quant.timestep import NUM_TIMESTEPS, sigma_to_timestep, timestep_bucket
+from . import compiled
+from .scale_bank import ScaleBank
 
 # ComfyUI's (and LDM's) timestep embedding: cos and sin of t * 10000^(-k / half), k = 0 ... half - 1.
 MAX_PERIOD = 10_000
@@ -34,10 +36,17 @@ class TimestepTap:
     def __init__(self) -> None:
         self.bucket = _plain_zeros((1,), torch.device("cpu"))
         self.version = 0
+        self.scales: ScaleBank | None = None  # set by scale_lora.py
+        self._number = compiled.number(self)
         self._buckets: dict[tuple, Tensor] = {}
         self._followed: tuple[nn.Module, Tensor] | None = None
         self._table = torch.zeros(1, dtype=torch.int64)
         self._first, self._points_per_unit = 0.0, 0.0
+
+    def __setstate__(self, state: dict) -> None:
+        """A copy is being made."""
+        vars(self).update(state)
+        self._number = compiled.number(self)
 
     def follow(self, model_sampling: nn.Module) -> None:
         """Read how this sampling maps noise levels to what the UNet is given; again only if it has changed.
@@ -68,16 +77,28 @@ class TimestepTap:
 
         The error of the timestep read back is 1e-4 in fp32, 0.12 in fp16, 0.93 in bf16; a bucket is 15.6 wide.
         """
-        index = (recover_timestep(embedding) - self._first) * self._points_per_unit
-        if self._table.device != embedding.device:
-            self._table = self._table.to(embedding.device)
-        index = index.round_().clamp_(0, self._table.numel() - 1).long()
-        if self.bucket.shape != index.shape or self.bucket.device != index.device:
-            key = (index.shape, index.device)
-            if key not in self._buckets:
-                self._buckets[key] = _plain_zeros(*key)
-            self.bucket = self._buckets[key]
-        self.bucket.copy_(self._table.index_select(0, index))
+        if torch.compiler.is_compiling():
+            self.bucket = compiled.bucket(embedding, self._number)
+        else:
+            self.update(embedding)
+
+    def bucket_of(self, timesteps: Tensor) -> Tensor:
+        """(B,) int64 of what the UNet is given as timesteps, (B,) of any dtype; no host sync."""
+        if self._table.device != timesteps.device:
+            self._table = self._table.to(timesteps.device)
+        index = ((timesteps.float() - self._first) * self._points_per_unit).round_().clamp_(0, self._table.numel() - 1).long()
+        return self._table.index_select(0, index)
+
+    def update(self, embedding: Tensor) -> None:
+        """As `observe`, outside of what torch.compile traces."""
+        bucket = self.bucket_of(recover_timestep(embedding))
+        key = (bucket.shape, bucket.device)
+        if key not in self._buckets:
+            self._buckets[key] = _plain_zeros(*key)
+        self.bucket = self._buckets[key]
+        self.bucket.copy_(bucket)
+        if self.scales is not None:
+            self.scales.follow(self.bucket)
 
 
 def _sigma_of(model_sampling: nn.Module, timesteps: Tensor) -> Tensor:

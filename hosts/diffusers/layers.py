@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 
-import torch
 from torch import Tensor, nn
 
 from ...errors import ModelError
 from ...kernels import dispatch
 from ...kernels.dispatch import ChannelGroups, paired_scales
 from ...quant.file_format import QuantizedLayer
+from ...quant.layers import dynamic_low
 from ...quant.mac_counter import MacCounter
 from ...quant.scheme import Scheme
 from .. import compute
 from .timestep_tap import TimestepTap
 
-# Scales are fp32 by contract: `.half()` or `.to(dtype)` on the UNet must not round them.
-_FP32_BUFFERS = ("weight_scale", "act_scale")
+# Their dtypes are a contract: `.half()` or `.to(dtype)` on the UNet must round neither fp32 scales nor fp8 codes.
+_KEPT_BUFFERS = ("qweight", "weight_scale", "act_scale")
 
 
 class QuantizedModule(nn.Module):
@@ -38,7 +38,8 @@ class QuantizedModule(nn.Module):
         self._groups: ChannelGroups | None = None
         paired = None if layer.group_scale is None else paired_scales(layer.group_scale)
         self.register_buffer("paired_scale", paired, persistent=False)
-        sums = None if layer.act_zero_point is None else compute.sums_of_codes(layer.qweight, self.groups, paired)
+        has_zero_point = layer.act_zero_point is not None or (not scheme.symmetric and dynamic_low(name) is not None)
+        sums = compute.sums_of_codes(layer.qweight, self.groups, paired) if has_zero_point else None
         self.register_buffer("weight_sums", sums, persistent=False)
 
     @property
@@ -49,11 +50,11 @@ class QuantizedModule(nn.Module):
         return self._groups
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
-        exact = {key: getattr(self, key) for key in _FP32_BUFFERS}
+        exact = {key: getattr(self, key) for key in _KEPT_BUFFERS}
         super()._apply(fn, recurse)
         for key, before in exact.items():
             after = getattr(self, key)
-            if after is not None and after.dtype is not torch.float32:
+            if after is not None and after.dtype is not before.dtype:
                 setattr(self, key, before.to(after.device))
         return self
 

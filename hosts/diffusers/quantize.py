@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import ModelError, SchemeError
 from ...quant.calibration import Calibration, describe
@@ -34,12 +35,19 @@ class UNetState:
     calibration: dict[str, object] = field(default_factory=dict)
 
 
-def quantize_unet(unet: nn.Module, recipe: Recipe, calibration: Calibration | None = None, rounding: Rounding | None = None) -> nn.Module:
+def quantize_unet(
+    unet: nn.Module,
+    recipe: Recipe,
+    calibration: Calibration | None = None,
+    rounding: Rounding | None = None,
+    moments: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
     """Replace the recipe's layers by quantized ones, in place; each float weight is released as its codes are made.
 
     Args:
         unet: a diffusers UNet2DConditionModel of SDXL's topology, any device and float dtype.
         calibration: needed if a scheme is static. rounding: of 4-bit weights; None for plain.
+        moments: by layer, from second_moments.gather_second_moments: those layers' int8 weights are rounded by them.
     Returns: the same UNet.
     Raises: ModelError if it is not SDXL's or quantized already; SchemeError if the recipe names another model's
         layers; CalibrationError if a static layer was not observed; WeightError if a weight is NaN or infinite.
@@ -50,7 +58,8 @@ def quantize_unet(unet: nn.Module, recipe: Recipe, calibration: Calibration | No
     for name, scheme in recipe.schemes.items():
         path = ldm_to_diffusers(name)
         original = unet.get_submodule(path)
-        layer = quantize_layer(name, original.weight, original.bias, scheme, recipe.groups_of(name), calibration, rounding)
+        how = (scheme, recipe.groups_of(name), calibration, rounding, (moments or {}).get(name))
+        layer = quantize_layer(name, original.weight, original.bias, *how)
         replace_layer(unet, path, build_layer(name, scheme, layer, original, state.tap))
     set_attention(unet, recipe.attention)
     setattr(unet, STATE_ATTRIBUTE, state)

@@ -10,7 +10,7 @@ import torch
 
 from stepquant.kernels import dispatch
 
-PRODUCERS = ("layer_norm_quantize", "geglu_quantize", "int8_geglu_gemm", "group_norm_silu_quantize")
+PRODUCERS = ("layer_norm_quantize", "geglu_quantize", "int8_geglu_gemm", "fp8_geglu_gemm", "group_norm_silu_quantize")
 
 
 @contextmanager
@@ -58,3 +58,20 @@ def unet_call(patcher, options=None, control=None, batch: int = 2, side: int = 8
     y = torch.zeros(batch, tiny_sdxl.CLIP_G + 1536)
     control = control and {name: [tensor.clone() for tensor in tensors] for name, tensors in control.items()}
     return patcher.model.diffusion_model(x, timesteps, context=context, y=y, control=control, transformer_options=dict(options or {}))
+
+
+def calls_of(patcher, kind):
+    """(block, arguments, keywords, output) of every block of a kind in a UNet call layer by layer."""
+    calls = []
+
+    def record(block, args, kwargs, output):
+        options = {name: dict(value) if name == "transformer_options" else value for name, value in kwargs.items()}
+        calls.append((block, args, options, output))
+
+    with layer_by_layer(patcher):
+        blocks = [module for module in patcher.model.diffusion_model.modules() if type(module).__name__ == kind]
+        handles = [block.register_forward_hook(record, with_kwargs=True) for block in blocks]
+        unet_call(patcher)
+    for handle in handles:
+        handle.remove()
+    return calls

@@ -1,5 +1,6 @@
 """Layers in channel groups (DGQ) on a live MODEL: the reference's result, LoRAs and merges in the model's order, files of both engines."""
 
+import re
 from collections import Counter
 
 import comfy.sd
@@ -292,7 +293,8 @@ def test_measured_recipe_takes_the_best_mode_of_each_layer(model, calibration, f
 
 def test_quantize_node_measures_and_says_how_many_layers_are_grouped(model, calibration, few_layers):
     quantized, summary = StepQuantQuantize.execute(model, "w8a8-measured", 4, calibration, channel_groups=4, granularity="8").args
-    assert f"{len(groups_of(quantized))} layers in channel groups of 8 channels" in summary
+    # 16, or 8 where that measured 2 dB better.
+    assert re.search(rf"{len(groups_of(quantized))} layers in channel groups of (8|16|8, 16) channels", summary)
     with pytest.raises(CalibrationError, match="preset w8a8-measured: no calibration is connected"):
         StepQuantQuantize.execute(model, "w8a8-measured")
 

@@ -5,6 +5,7 @@ On the CPU with recordings that run their work again; the real ones are in tests
 
 import comfy.hooks
 import comfy.model_management
+import comfy.sd
 import comfy_extras.nodes_model_advanced as advanced
 import pytest
 import tiny_sdxl
@@ -290,3 +291,15 @@ def test_results_of_two_replays_are_two_tensors():
     first = recording.replay()
     second = recording.replay()
     assert first.tolist() == [1, 1, 1] and second.tolist() == [2, 2, 2]
+
+
+def test_graph_is_back_after_a_bypass_lora(quantized, sample):
+    """LoraLoaderBypass gives a layer its forward back as an attribute, which hides the fused blocks if it stays."""
+    use_fake_graphs(quantized)
+    runner = state_of(quantized).runner
+    sample(comfy.sd.load_bypass_lora_for_models(quantized, None, tiny_sdxl.lora_tensors(), 1.0, 0)[0])
+    assert "replaced a layer's forward" in runner.last_reason
+    sample(quantized)
+    before = runner.replays
+    sample(quantized, steps=STEPS)
+    assert runner.last_reason is None and runner.replays - before == STEPS

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from fused_blocks import unet_call
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepquant.hosts.comfy.attach import counting_macs, state_of
 from stepquant.hosts.comfy.int4_layout import make_int4_weight
@@ -11,11 +13,14 @@ from stepquant.hosts.comfy.loader import load_quantized
 from stepquant.hosts.comfy.lora import quantized_layers
 from stepquant.hosts.comfy.quantize import quantize_model
 from stepquant.hosts.comfy.save import save_quantized
+from stepquant.kernels import dispatch
+from stepquant.kernels.int4_expand import int4_expand_ref
 from stepquant.kernels.int4_weight import expanded_codes
 from stepquant.quant.file_format import QuantizedLayer, read_model
 from stepquant.quant.int4 import quantize_int4
 from stepquant.quant.sqnr import sqnr_db
 
+TRANSFORMER_BLOCKS = 17
 TO_Q = "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight"
 
 
@@ -115,3 +120,43 @@ def test_lora_runs_beside_4_bit_weights_and_a_diff_is_merged(model, int4, sample
     assert torch.isfinite(merged).all()
     assert not torch.equal(merged, before)
     assert torch.equal(sample(int4), before)
+
+
+def test_w4a8_blocks_give_the_same_where_attentions_weights_are_written_out_together(int4, monkeypatch):
+    expected, calls = unet_call(int4), []
+
+    def counted(qweights, group_scales, K):
+        calls.append(len(qweights))
+        return int4_expand_ref(qweights, group_scales, K)
+
+    monkeypatch.setattr(dispatch, "expands_int4", lambda rows, device: True)
+    monkeypatch.setattr(dispatch, "int4_expand", counted)
+    assert torch.equal(unet_call(int4), expected)
+    assert calls == [6] * TRANSFORMER_BLOCKS
+
+
+class _FloatsMade(TorchDispatchMode):
+    """Notes the shapes of float tensors in RAM that anything makes; not of quantized ones, which have no floats."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if type(tensor) is torch.Tensor and tensor.is_floating_point() and tensor.device.type == "cpu":
+                self.shapes.add(tuple(tensor.shape))
+        return result
+
+
+def test_loading_a_w4a8_file_never_makes_a_layers_float_weight(int4, tmp_path):
+    path = tmp_path / "w4a8.safetensors"
+    save_quantized(int4, path)
+    stored = read_model(path)
+    shapes = {layer.weight_shape for layer in stored.layers.values()} - {tuple(tensor.shape) for tensor in stored.rest.values()}
+    assert len(shapes) > 20
+    with _FloatsMade() as made:
+        loaded = load_quantized(path).model
+    assert loaded.model_size() > 0 and made.shapes
+    assert not shapes & made.shapes

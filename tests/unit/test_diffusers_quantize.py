@@ -1,6 +1,7 @@
 """A diffusers UNet quantized in place, saved and loaded: quality, memory, timesteps, and nothing changed on refusal."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,11 +15,11 @@ from stepquant.hosts.diffusers.timestep_tap import TimestepTap
 from stepquant.hosts.diffusers.unet_file import load, save
 from stepquant.hosts.key_mapping import ldm_to_diffusers
 from stepquant.quant.calibration import Calibration
-from stepquant.quant.layers import find_layers
+from stepquant.quant.layers import dynamic_low, find_layers
 from stepquant.quant.mac_counter import MacCounter
 from stepquant.quant.observer import LayerStatistics
 from stepquant.quant.recipe import Recipe, preset_recipe
-from stepquant.quant.scheme import Scheme
+from stepquant.quant.scheme import ActivationMode, Scheme, token_scheme
 from stepquant.quant.sqnr import sqnr_db
 
 diffusers = pytest.importorskip("diffusers", reason="the embedded engine needs diffusers (stepquant[demo])")
@@ -90,7 +91,8 @@ def test_quantize_unet_leaves_codes_and_sixteen_bit_parts_only(unet):
     quantize_unet(unet, token_recipe(unet))
     codes = sum(torch.Size(shape).numel() for shape in shapes.values())
     scales = sum(4 * shape[0] for shape in shapes.values())
-    assert weight_bytes(unet) == before - 4 * codes + codes + scales
+    sums = sum(4 * 16 * shape[0] for name, shape in shapes.items() if dynamic_low(name) is not None)  # of the convolutions' zero points
+    assert weight_bytes(unet) == before - 4 * codes + codes + scales + sums
 
 
 def test_quantize_unet_skips_layers_that_the_recipe_leaves_out(original, unet):
@@ -144,7 +146,18 @@ def test_half_keeps_scales_in_fp32(unet):
         assert layer.bias is None or layer.bias.dtype is torch.float16
 
 
-@pytest.mark.parametrize("preset", ["w8a8-token", "w8a8-static"])
+def test_half_keeps_fp8_codes(original, unet):
+    quantize_unet(unet, preset_recipe("w8a8-fp8", find_layers(unet_shapes(unet))))
+    quantized, before = ask(unet, 500), {name: layer.qweight.clone() for name, layer in quantized_layers(unet).items()}
+    assert sqnr_db(ask(original, 500), quantized) > 15  # random weights amplify
+    assert any(layer.scheme.is_fp8 for layer in quantized_layers(unet).values())
+    unet.half()
+    for name, layer in quantized_layers(unet).items():
+        assert layer.qweight.dtype is (torch.float8_e4m3fn if layer.scheme.is_fp8 else torch.int8), name
+        assert torch.equal(layer.qweight.view(torch.uint8), before[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("preset", ["w8a8-token", "w8a8-static", "w8a8-fp8"])
 def test_save_then_load_gives_the_same_bits(original, unet, tmp_path, preset):
     recipe = preset_recipe(preset, find_layers(unet_shapes(unet)))
     quantize_unet(unet, recipe, static_calibration(unet))
@@ -155,7 +168,8 @@ def test_save_then_load_gives_the_same_bits(original, unet, tmp_path, preset):
     assert state_of(loaded).base_model == {"name": "tiny", "sha256": None}
     save(loaded, tmp_path / "again.safetensors")
     first, second = load_file(tmp_path / "q.safetensors"), load_file(tmp_path / "again.safetensors")
-    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    raw = [{key: tensor.contiguous().view(torch.uint8) for key, tensor in file.items() if tensor.ndim} for file in (first, second)]
+    assert first.keys() == second.keys() and all(torch.equal(raw[0][key], raw[1][key]) for key in raw[0])
 
 
 def test_load_fills_a_unet_without_memory(original, unet, tiny_sdxl_config, tmp_path):
@@ -218,3 +232,26 @@ def test_save_refuses_a_unet_that_is_not_quantized(unet, tmp_path):
     with pytest.raises(ModelError, match="not quantized"):
         save(unet, tmp_path / "q.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_convolutions_with_a_scale_per_pixel_are_closer_than_with_one_per_image(original, unet):
+    layers = find_layers(unet_shapes(unet))
+    convolutions = {name: token_scheme(name) for name, spec in layers.items() if spec.is_conv and spec.shape[-1] > 1}
+    image = quantize_unet(copy.deepcopy(unet), Recipe(convolutions, "image", "test"))
+    pixel = {name: replace(scheme, activation=ActivationMode.PIXEL) for name, scheme in convolutions.items()}
+    found = quantize_unet(unet, Recipe(pixel, "pixel", "test"))
+    assert sqnr_db(ask(original), ask(found)) > sqnr_db(ask(original), ask(image)) + 1
+
+
+def test_quantize_unet_rounds_by_second_moments_where_it_has_them(unet):
+    layers = find_layers(unet_shapes(unet))
+    names = [name for name, spec in layers.items() if name.endswith((".in_layers.2", ".attn1.to_q"))][:4]
+    generator = torch.Generator().manual_seed(0)
+    moments = {}
+    for name in names[:2]:
+        K = torch.Size(layers[name].shape[1:]).numel()
+        rows = torch.randn(2 * K, K, generator=generator) + 2 * torch.randn(2 * K, 1, generator=generator)
+        moments[name] = rows.t() @ rows / (2 * K)
+    recipe = Recipe({name: token_scheme(name) for name in names}, "test", "test")
+    plain, rounded = (quantized_layers(quantize_unet(copy.deepcopy(unet), recipe, moments=one)) for one in (None, moments))
+    assert [torch.equal(plain[name].qweight, rounded[name].qweight) for name in names] == [False, False] + [True] * (len(names) - 2)

@@ -61,6 +61,21 @@ def test_calibrate_of_the_noisiest_step_stops_there(pipeline):
     assert calls[-1] == (2, 2) and calibration.summary["mode"] == "noisiest"
 
 
+def test_calibrate_progressively_observes_each_step_after_quantized_ones(pipeline):
+    calls = []
+    handle = pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    full, progressive = (calibrate(pipeline, PROMPTS[:1], QUICK, mode=mode) for mode in ("full", "progressive"))
+    handle.remove()
+    assert len(calls) == 2 + 2 * 2 and not hooks_of(pipeline.unet)
+    assert progressive.summary["mode"] == "progressive"
+    layer = "middle_block.0.in_layers.2"
+    before, after = full.layers[layer], progressive.layers[layer]
+    assert torch.equal(before.count, after.count) and before.buckets.tolist() == after.buckets.tolist() == [0, 32]
+    # The first step (bucket 32) has nothing quantized before it; what the second sees has moved, a little.
+    assert torch.equal(before.range_max[1], after.range_max[1]) and not torch.equal(before.range_max[0], after.range_max[0])
+    torch.testing.assert_close(before.range_max[0], after.range_max[0], rtol=0.2, atol=0.1)
+
+
 def test_calibrate_goes_on_where_it_was_cancelled(pipeline):
     kept = []
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..kv_cache import CrossAttentionCache
 from .call_scope import CallScope
 from .edges import ChannelsLastConv, FusedExit
+from .joined import JoinableOutput
 from .res_block import FusedResBlock
 from .spatial import FusedSpatialTransformer
 from .transformer import FusedFeedForward, FusedTransformerBlock
@@ -19,6 +20,7 @@ from .unet import ScopedUNet
 from .upsample import FusedUpsample
 
 __all__ = ["bind"]
+JOINABLE = (FusedResBlock, FusedSpatialTransformer, FusedUpsample)
 
 
 def bind(unet: nn.Module, state: Any) -> None:
@@ -44,6 +46,7 @@ def bind(unet: nn.Module, state: Any) -> None:
         elif FusedUpsample.fits(module):
             module.forward = FusedUpsample(module, scope).forward
     _bind_edges(unet)
+    _bind_joins(unet)
     if "forward" not in unet.__dict__:
         unet.forward = ScopedUNet(unet, scope, cache).forward
 
@@ -54,3 +57,11 @@ def _bind_edges(unet: nn.Module) -> None:
         first.forward = ChannelsLastConv(first).forward
     if FusedExit.fits(last) and "forward" not in vars(last):
         last.forward = FusedExit(last).forward
+
+
+def _bind_joins(unet: nn.Module) -> None:
+    """What is joined with a skip: the results of the middle block and of all output blocks but the last, where the forward is ours."""
+    for block in [unet.middle_block, *unet.output_blocks[:-1]] if unet.middle_block is not None else ():
+        last = block[-1]
+        if isinstance(getattr(vars(last).get("forward"), "__self__", None), JOINABLE):
+            last.forward = JoinableOutput(last.forward).forward

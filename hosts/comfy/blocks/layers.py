@@ -7,7 +7,8 @@ buffers for offloaded weights are reused as soon as two more have been fetched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from ....kernels.group_norm_silu_quantize import GROUPS
 from ....kernels.layer_norm_quantize import MAX_ROW
 from ....quant.scheme import ActivationMode, ComputeType
 from ... import fused
+from ...compute import LayerTensors
+from ...fused import NormTensors
 from ..graph_capture import is_capturing
 from ..ops import QuantizableOp, borrow_norm, resident_norm
 
@@ -25,11 +28,11 @@ FUSABLE = (ActivationMode.TOKEN, ActivationMode.STATIC)
 
 
 def can_fuse(layer: nn.Module) -> bool:
-    """Whether the layer takes int8 codes that a producer can write. Does not change after a model is attached."""
+    """Whether the layer takes int8 or fp8 codes that a producer can write. Does not change after a model is attached."""
     if not isinstance(layer, QuantizableOp) or not layer.is_quantized:
         return False
     inputs = layer.weight.shape[1]
-    return layer.scheme.activation in FUSABLE and layer.scheme.compute is ComputeType.INT8 and inputs <= MAX_ROW
+    return layer.scheme.activation in FUSABLE and layer.scheme.compute is not ComputeType.FP16 and inputs <= MAX_ROW
 
 
 def stored_scale(layer: QuantizableOp, bucket: Tensor, units: int) -> StaticScale | None:
@@ -71,6 +74,22 @@ def held_tensors(x: Tensor, norm: nn.Module | None, layers: Sequence[Quantizable
     return found
 
 
+class WrittenOut:
+    """4-bit Linears of one shape in a block as layers with int8 codes, for one call: one launch instead of one for each product."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = layers
+        is_alike = len({tuple(layer.weight.shape) for layer in layers}) == 1
+        self._possible = is_alike and all(can_fuse(layer) and layer.scheme.is_int4 for layer in layers)
+
+    def __call__(self, x: Tensor) -> list[LayerTensors | None]:
+        """x (..., K): has the rows that the layers are going to read. None for each layer if they are to run as they are."""
+        found = None
+        if self._possible and (held := held_tensors(x, None, self._layers)):
+            found = fused.written_out(held, x.numel() // x.shape[-1], self._layers[0].weight.shape[1])
+        return found or [None] * len(self._layers)
+
+
 class NormedLinears:
     """A LayerNorm and the Linears that read its result, which is quantized once."""
 
@@ -82,11 +101,11 @@ class NormedLinears:
         if self._fusable and self._share_tables():
             _watch_together(layers)
 
-    def __call__(self, x: Tensor, bucket: Tensor) -> list[Tensor]:
-        """x (..., K) -> per layer (..., N)."""
+    def __call__(self, x: Tensor, bucket: Tensor, written_out: Sequence[LayerTensors | None] = ()) -> list[Tensor]:
+        """x (..., K) -> per layer (..., N). written_out: the layers' tensors to use instead of their own, if not None."""
         outputs = None
         if self._fusable and not any(layer.weight_function for layer in self._layers) and self._share_tables():
-            outputs = self._fused(x, bucket)
+            outputs = self._fused(x, bucket, written_out)
         if outputs is None:
             y = self._norm(x)
             outputs = [layer(y) for layer in self._layers]
@@ -104,16 +123,16 @@ class NormedLinears:
             self._shared = all(_equal(table, first) for table, first in zip(tables, tables[:2] * len(self._layers), strict=True))
         return self._shared
 
-    def _fused(self, x: Tensor, bucket: Tensor) -> list[Tensor] | None:
+    def _fused(self, x: Tensor, bucket: Tensor, written_out: Sequence[LayerTensors | None]) -> list[Tensor] | None:
         if held := held_tensors(x, self._norm, self._layers):
             static = stored_scale(self._layers[0], bucket, x.numel() // x.shape[-1])
-            return fused.normed_products(x, held[0], static, held[1:])
+            return fused.normed_products(x, held[0], static, list(written_out) if any(written_out) else held[1:])
         has_branch = any(layer.branch is not None for layer in self._layers)
         with borrow_norm(self._norm, x) as norm:
             if norm is None:
                 return None
             static = stored_scale(self._layers[0], bucket, x.numel() // x.shape[-1])
-            codes, y = fused.layer_norm(x, norm, static, has_branch)
+            codes, y = fused.layer_norm(x, norm, static, has_branch, self._layers[0].code_dtype)
         outputs = []
         for layer in self._layers:
             with layer.borrow(x) as tensors:
@@ -130,14 +149,14 @@ class AddedLinear:
     def __init__(self, layer: nn.Module) -> None:
         self._layer, self._fusable = layer, can_fuse(layer)
 
-    def __call__(self, x: Tensor, residual: Tensor, bucket: Tensor) -> Tensor:
-        """x (..., K), residual (..., N) -> (..., N)."""
+    def __call__(self, x: Tensor, residual: Tensor, bucket: Tensor, written_out: LayerTensors | None = None) -> Tensor:
+        """x (..., K), residual (..., N) -> (..., N). written_out: the layer's tensors to use instead of its own."""
         layer, output = self._layer, None
         if self._fusable and not layer.weight_function:
             static = stored_scale(layer, bucket, x.numel() // x.shape[-1])
             if held := held_tensors(x, None, [layer]):
-                return fused.added_product(x, static, held[0], residual)
-            output = self.of_codes(fused.quantize(x, static), x, residual)
+                return fused.added_product(x, static, written_out or held[0], residual)
+            output = self.of_codes(fused.quantize(x, static, layer.code_dtype), x, residual)
         if output is None:
             return layer(x) + residual
         return output if layer.branch is None else output + layer.branch.linear(x)
@@ -146,7 +165,8 @@ class AddedLinear:
         """x (..., 2K), values before gates; residual (..., N) or None -> (..., N)."""
         layer, output = self._layer, None
         if self._fusable and layer.branch is None and not layer.weight_function:
-            output = self.of_codes(fused.geglu(x, stored_scale(layer, bucket, x.numel() // x.shape[-1])), x, residual)
+            codes = fused.geglu(x, stored_scale(layer, bucket, x.numel() // x.shape[-1]), layer.code_dtype)
+            output = self.of_codes(codes, x, residual)
         if output is None:
             value, gate = x.chunk(2, dim=-1)
             output = layer(value * functional.gelu(gate))
@@ -169,6 +189,9 @@ class GatedLinears:
         self._norm, self._projection, self._second_layer = norm, projection, second
         self._gates, self._second = NormedLinears(norm, [projection]), AddedLinear(second)
         self._fusable = can_fuse(projection) and can_fuse(second)
+        self._is_fp8 = self._fusable and second.scheme.is_fp8 and not projection.scheme.is_int4
+        self._bounded: Callable[[], Tensor | None] = lambda: None  # the projection's weight that _bounding is of
+        self._bounding: StaticScale | None = None
 
     def __call__(self, x: Tensor, residual: Tensor, bucket: Tensor) -> Tensor:
         """x (..., K), residual (..., N) -> (..., N)."""
@@ -184,17 +207,33 @@ class GatedLinears:
         rows = x.numel() // x.shape[-1]
         if held := held_tensors(x, self._norm, (self._projection, self._second_layer)):
             norm, projection, second = held
-            statics = stored_scale(self._projection, bucket, rows), stored_scale(self._second_layer, bucket, rows)
+            statics = (
+                stored_scale(self._projection, bucket, rows),
+                self._bound(norm, projection) or stored_scale(self._second_layer, bucket, rows),
+            )
             return fused.feed_forward(x, norm, statics, projection, second, residual)
         with borrow_norm(self._norm, x) as norm:
             if norm is None:
                 return None
-            codes, _ = fused.layer_norm(x, norm, stored_scale(self._projection, bucket, rows))
+            codes, _ = fused.layer_norm(x, norm, stored_scale(self._projection, bucket, rows), codes=self._projection.code_dtype)
+            norm = NormTensors(norm.weight.clone(), norm.bias.clone(), norm.eps) if self._is_fp8 else norm
         with self._projection.borrow(x) as tensors:
             if tensors is None:
                 return None
-            codes = fused.gated_product(codes, tensors, x.dtype, stored_scale(self._second_layer, bucket, rows))
+            static = self._bound(norm, tensors) or stored_scale(self._second_layer, bucket, rows)
+            codes = fused.gated_product(codes, tensors, x.dtype, static, self._second_layer.code_dtype)
         return self._second.of_codes(codes, x, residual)
+
+    def _bound(self, norm: NormTensors, projection: LayerTensors) -> StaticScale | None:
+        """The scale of fp8 codes between the two layers, made once per weight; None for other codes, whose scales follow the values."""
+        if not self._is_fp8 or self._projection.scales is not None or self._norm.scales is not None:
+            return None
+        weight, device = self._projection.weight, projection.qweight.device
+        if self._bounded() is not weight or self._bounding.scale.device != device:
+            if is_capturing(device):
+                return None
+            self._bounding, self._bounded = fused.bounded_geglu_scale(norm, projection), weakref.ref(weight)
+        return self._bounding
 
 
 class GroupNormedLinear:
@@ -217,7 +256,7 @@ class GroupNormedLinear:
         with borrow_norm(self._norm, x) as norm:
             if norm is None:
                 return None
-            codes = fused.group_norm(x, norm, stored_scale(self._layer, bucket, x.shape[0]))
+            codes = fused.group_norm(x, norm, stored_scale(self._layer, bucket, x.shape[0]), self._layer.code_dtype)
         with self._layer.borrow(x) as tensors:
             return None if tensors is None else fused.product(codes, tensors, x.dtype).view(x.shape[0], x.shape[2] * x.shape[3], -1)
 
@@ -228,28 +267,50 @@ class ActivatedConv:
     def __init__(self, norm: nn.GroupNorm, conv: nn.Module) -> None:
         self._norm, self._conv = norm, conv
         self._fusable = can_fuse(conv) and norm.num_groups == GROUPS
+        self._zero_point = self._fusable and not conv.scheme.symmetric
 
-    def __call__(self, x: Tensor, addend: Tensor, bucket: Tensor) -> Tensor:
-        """x (B, C, H, W), addend (B, Cout) or (B, Cout, Ho, Wo) -> (B, Cout, Ho, Wo)."""
+    def __call__(self, x: Tensor, addend: Tensor, bucket: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), addend (B, Cout) or (B, Cout, Ho, Wo) -> (B, Cout, Ho, Wo). skip: what x is joined with."""
         conv, y = self._conv, None
         if self._fusable and conv.branch is None and not conv.weight_function:
-            y = self._fused(x, addend, bucket)
+            y = self._fused(x, addend, bucket, skip)
         if y is None:
+            x = x if skip is None else torch.cat((x, skip), 1)
             y = conv(functional.silu(self._norm(x))) + addend.to(x.dtype).view(*addend.shape, *(1,) * (4 - addend.ndim))
         return y
 
-    def _fused(self, x: Tensor, addend: Tensor, bucket: Tensor) -> Tensor | None:
+    def _fused(self, x: Tensor, addend: Tensor, bucket: Tensor, skip: Tensor | None) -> Tensor | None:
         conv = self._conv
         if held := held_tensors(x, self._norm, [conv]):
             static = stored_scale(conv, bucket, x.shape[0])
-            return fused.activated_convolution(x, held[0], static, held[1], addend, conv.stride[0], conv.padding[0])
+            return fused.activated_convolution(x, held[0], static, held[1], self._zero_point, addend, conv.stride[0], conv.padding[0], skip)
         with borrow_norm(self._norm, x) as norm:
             if norm is None:
                 return None
-            codes = fused.group_norm_silu([x], norm, stored_scale(conv, bucket, x.shape[0]))
+            segments = [x] if skip is None else [x, skip]
+            codes = fused.group_norm_silu(segments, norm, stored_scale(conv, bucket, x.shape[0]), self._zero_point, conv.code_dtype)
         addend = addend.contiguous(memory_format=torch.channels_last if addend.ndim == 4 else torch.contiguous_format)
         with conv.borrow(x) as tensors:
             return None if tensors is None else fused.convolution(codes, tensors, x.dtype, conv.stride[0], conv.padding[0], addend)
+
+
+class JoinedConv:
+    """The 1x1 convolution of a ResBlock's joined input, which is never made: its pixels are quantized from both images."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        self._conv = conv
+        self._fusable = can_fuse(conv) and conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0)
+
+    def __call__(self, x: Tensor, skip: Tensor, bucket: Tensor) -> Tensor:
+        """x (B, C_1, H, W), skip (B, C_2, H, W) -> (B, Cout, H, W)."""
+        conv, y = self._conv, None
+        if self._fusable and conv.branch is None and not conv.weight_function:
+            static = stored_scale(conv, bucket, x.shape[0])
+            if held := held_tensors(x, None, [conv]):
+                return fused.joined_product(x, skip, static, held[0])
+            with conv.borrow(x) as tensors:
+                y = None if tensors is None else fused.joined_product(x, skip, static, tensors)
+        return conv(torch.cat((x, skip), 1)) if y is None else y
 
 
 class UpsampledConv:
@@ -269,7 +330,7 @@ class UpsampledConv:
         with conv.borrow(x) as tensors:
             if tensors is None:
                 return None
-            codes = fused.nearest_2x(fused.quantize_images(x, stored_scale(conv, bucket, x.shape[0])))
+            codes = fused.nearest_2x(fused.quantize_images(x, stored_scale(conv, bucket, x.shape[0]), conv.code_dtype))
             return fused.convolution(codes, tensors, x.dtype, conv.stride[0], conv.padding[0])
 
 

@@ -1,4 +1,4 @@
-"""ResBlock on fused layers. The skip-concat before it is ComfyUI's: it exists before any block is called.
+"""ResBlock on fused layers. A skip that its input is joined with is read where it lies (joined.py).
 
 GroupNorm, SiLU and quantization are one pass; the time embedding and the residual are added by the convolutions.
 """
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..guard import Guard, Unowned, is_stock
 from .call_scope import CallScope
-from .layers import ActivatedConv
+from .joined import parts_of, plain
+from .layers import ActivatedConv, JoinedConv
 
 
 class FusedResBlock:
@@ -24,6 +25,7 @@ class FusedResBlock:
         self._first = ActivatedConv(block.in_layers[0], block.in_layers[2])
         self._second = ActivatedConv(block.out_layers[0], block.out_layers[3])
         self._skip = None if isinstance(block.skip_connection, nn.Identity) else block.skip_connection
+        self._joined_skip = JoinedConv(self._skip) if isinstance(self._skip, nn.Conv2d) else None
         self._guard = Guard(block, (ResBlock,))
         self._inner = ResBlock._forward
 
@@ -50,9 +52,17 @@ class FusedResBlock:
             or ResBlock._forward is not self._inner
             or self._guard.is_foreign()
         ):
-            return type(block).forward(block, x, emb)
+            return type(block).forward(block, plain(x), emb)
         comfy.ops.run_every_op()
         bucket = self._scope.bucket(x.device)
         embedding = self._embedding(self._scope.activated(emb))
-        h = self._first(x, embedding, bucket)
-        return self._second(h, x if self._skip is None else self._skip(x), bucket)
+        if self._joined_skip is None:
+            x, other = plain(x), None
+        else:
+            x, other = parts_of(x)
+        h = self._first(x, embedding, bucket, other)
+        if other is not None:
+            x = self._joined_skip(x, other, bucket)
+        elif self._skip is not None:
+            x = self._skip(x)
+        return self._second(h, x, bucket)

@@ -11,7 +11,7 @@ from ..guard import Guard, Unowned, is_stock
 from ..kv_cache import CrossAttentionCache
 from .attention import attend
 from .call_scope import CallScope
-from .layers import AddedLinear, GatedLinears, NormedLinears
+from .layers import AddedLinear, GatedLinears, NormedLinears, WrittenOut
 
 # What BasicTransformerBlock hands its tensors to, in transformer_options["patches"].
 PATCHES = {"attn1_patch", "attn1_output_patch", "middle_patch", "attn2_patch", "attn2_output_patch"}
@@ -59,6 +59,7 @@ class FusedTransformerBlock:
         self._query = NormedLinears(block.norm2, [cross.to_q])
         self._cross_output = AddedLinear(cross.to_out[0])
         self._feed_forward = GatedLinears(block.norm3, feed_forward[0].proj, feed_forward[2])
+        self._written_out = WrittenOut([own.to_q, own.to_k, own.to_v, own.to_out[0], cross.to_q, cross.to_out[0]])
         self._guard = Guard(block, (BasicTransformerBlock, CrossAttention, FeedForward, GEGLU))
 
     @staticmethod
@@ -83,13 +84,14 @@ class FusedTransformerBlock:
             return type(block).forward(block, x, context=context, transformer_options=options)
         comfy.ops.run_every_op()
         bucket = self._scope.bucket(x.device)
-        q, k, v = self._own_inputs(x, bucket)
+        *inputs, own_output, query, cross_output = self._written_out(x)
+        q, k, v = self._own_inputs(x, bucket, inputs)
         y = attend(q, k, v, self._heads, self._precision, options, self._scope.cudnn_first)
-        x = self._own_output(y, x, bucket)
-        (q,) = self._query(x, bucket)
+        x = self._own_output(y, x, bucket, own_output)
+        (q,) = self._query(x, bucket, [query])
         k, v = self._cache.lookup(self._cross_name) or (self._cross.to_k(context), self._cross.to_v(context))
         y = attend(q, k, v, self._heads, self._precision, options, self._scope.cudnn_first)
-        x = self._cross_output(y, x, bucket)
+        x = self._cross_output(y, x, bucket, cross_output)
         return self._feed_forward(x, x, bucket)
 
     def _steps_aside(self, x: Tensor, context: Tensor | None, options: dict) -> bool:

@@ -30,10 +30,12 @@ class ScopedUNet:
         **kwargs: Any,
     ) -> Tensor:
         options = {} if transformer_options is None else transformer_options
-        unet = self._unet()
-        stock, arguments = type(unet).forward, (unet, x, timesteps, context, y, control, options)
-        if torch.compiler.is_compiling():
-            return stock(*arguments, **kwargs)
+        return _call(self, (x, timesteps, context, y, control, options), kwargs)
+
+    def call(self, x: Tensor, *inputs: Any, **kwargs: Any) -> Tensor:
+        """`forward`, with everything positional up to transformer_options."""
+        unet, options = self._unet(), inputs[-1]
+        stock, arguments = type(unet).forward, (unet, x, *inputs)
         cudnn_first = attention.prefers_cudnn(x, options)
         self._scope.open(cudnn_first, options)
         try:
@@ -44,3 +46,12 @@ class ScopedUNet:
         finally:
             self._scope.close()
             self._cache.close()
+
+
+@torch.compiler.disable(reason="StepQuant runs its own kernels and CUDA graph; set acceleration to off for torch.compile to trace the UNet")
+def _call(unet: ScopedUNet, inputs: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """Out of torch.compile's sight. Traced, the UNet would run layer by layer: no fused blocks, no graph, minutes of compiling.
+
+    Not a decorated method: a copied UNet's must be of the copy.
+    """
+    return unet.call(*inputs, **kwargs)
