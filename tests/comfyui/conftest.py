@@ -1,4 +1,8 @@
-"""Finds a real ComfyUI and makes it importable on the CPU; without one this folder's tests are left out, with the reason."""
+"""Finds a real ComfyUI and makes it importable; without one this folder's tests are left out, with the reason.
+
+On the CPU, unless STEPQUANT_TEST_DEVICE says `gpu` (with dynamic VRAM, as ComfyUI starts on NVIDIA) or `gpu-classic` (without): only
+the contracts are written for these.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 OLDEST_COMFYUI = "0.33.0"
+DEVICE = os.environ.get("STEPQUANT_TEST_DEVICE", "cpu")
 
 
 def find_comfyui() -> Path | None:
@@ -31,14 +36,23 @@ if COMFYUI is None:
 else:
     sys.path[:0] = [str(COMFYUI), str(HERE)]
     # ComfyUI reads its options from the command line once, at its first import.
-    arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--use-pytorch-cross-attention", "--database-url", "sqlite:///:memory:"]
+    arguments, folder = sys.argv, os.getcwd()
+    sys.argv = ["main.py", "--cpu", "--use-pytorch-cross-attention", "--database-url", "sqlite:///:memory:"]
     try:
-        import comfy.options
+        if DEVICE == "cpu":
+            import comfy.options
 
-        comfy.options.enable_args_parsing()
-        import comfy.cli_args
+            comfy.options.enable_args_parsing()
+            import comfy.cli_args
+        else:
+            from stepquant.benchmarks.comfyui_session import start_comfyui
+
+            if start_comfyui(dynamic=DEVICE == "gpu") != (DEVICE == "gpu"):
+                raise RuntimeError("dynamic VRAM did not start; set STEPQUANT_TEST_DEVICE to gpu-classic to test without it")
+            import comfy.cli_args
     finally:
         sys.argv = arguments
+        os.chdir(folder)
 
 
 def pytest_report_header() -> str:
@@ -58,6 +72,8 @@ if COMFYUI is not None:
     from stepquant.quant.scheme import ActivationMode, ComputeType, Scheme
 
     tiny_sdxl.register()
+    # Between two calls on a GPU nothing may differ but what a test changes.
+    torch.backends.cudnn.deterministic = True
 
     @pytest.fixture(scope="session")
     def comfyui_path() -> Path:
@@ -127,16 +143,15 @@ if COMFYUI is not None:
         """One UNet call as a sampler makes it, with a noise level per sample; the MODEL stays loaded as it is."""
 
         def call(patcher, sigmas) -> torch.Tensor:
-            batch = len(sigmas)
+            batch, device = len(sigmas), patcher.load_device
             generator = torch.Generator().manual_seed(0)
             x = torch.randn(batch, 4, 8, 8, generator=generator) * torch.tensor(sigmas).view(-1, 1, 1, 1)
             context = torch.randn(batch, 77, tiny_sdxl.CLIP_L + tiny_sdxl.CLIP_G, generator=generator)
             patcher.patch_model(load_weights=False)
             try:
                 patcher.pre_run()
-                return patcher.model.apply_model(
-                    x, torch.tensor(sigmas), c_crossattn=context, y=torch.zeros(batch, tiny_sdxl.CLIP_G + 1536)
-                )
+                y = torch.zeros(batch, tiny_sdxl.CLIP_G + 1536, device=device)
+                return patcher.model.apply_model(x.to(device), torch.tensor(sigmas, device=device), c_crossattn=context.to(device), y=y)
             finally:
                 patcher.unpatch_model(unpatch_weights=False)
 

@@ -23,6 +23,12 @@ TEXT_ENCODERS = {
 }
 
 
+class WithWeights(comfy.ops.disable_weight_init):
+    """Under dynamic VRAM ComfyUI's own Linears have no weights before a file is loaded into them."""
+
+    Linear = torch.nn.Linear
+
+
 class TinyTextEncoders(comfy.sdxl_clip.SDXLClipModel):
     def __init__(self, device="cpu", dtype=None, model_options=None):
         super().__init__(device=device, dtype=dtype, model_options={**TEXT_ENCODERS, **(model_options or {})})
@@ -65,7 +71,7 @@ def unet_tensors(seed: int = 0, in_channels: int = 4) -> dict[str, torch.Tensor]
         "num_head_channels": 32,
         "dtype": torch.float32,
     }
-    return _random(UNetModel(**config, operations=comfy.ops.disable_weight_init), seed)
+    return _random(UNetModel(**config, operations=WithWeights), seed)
 
 
 def write_unet(path, seed: int = 0, in_channels: int = 4, **markers: torch.Tensor) -> None:

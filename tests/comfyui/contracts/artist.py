@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import comfy.cldm.cldm
 import comfy.controlnet
-import comfy.ops
 import comfy.sd
 import comfy.t2i_adapter.adapter
 import tiny_sdxl
@@ -75,7 +74,7 @@ def tiny_controlnet(folder):
         "transformer_depth_middle": 2,
         "num_head_channels": 32,
     }
-    net = comfy.cldm.cldm.ControlNet(**config, operations=comfy.ops.disable_weight_init, dtype=torch.float32, device="cpu")
+    net = comfy.cldm.cldm.ControlNet(**config, operations=tiny_sdxl.WithWeights, dtype=torch.float32, device="cpu")
     tensors = {f"control_model.{key}": tensor for key, tensor in tiny_sdxl._random(net, 21).items()}
     save_file(tensors, str(folder / "tiny_controlnet.safetensors"))
     return comfy.controlnet.load_controlnet(str(folder / "tiny_controlnet.safetensors"))
@@ -141,8 +140,9 @@ def with_deep_cache(model, every: int = 2, depth: int = 3):
             options["patches"] = {**patches, "output_block_patch": [*patches.get("output_block_patch", []), keep]}
             return apply_model(x, sigma, **{**given, "transformer_options": options})
         sampling = patched.model.model_sampling
-        scaled, timesteps = sampling.calculate_input(sigma, x), sampling.timestep(sigma).float()
-        output = shallow(scaled, timesteps, given["c_crossattn"], given["y"], options)
+        place = {"device": x.device, "dtype": patched.model.get_dtype_inference()}
+        scaled, timesteps = sampling.calculate_input(sigma, x).to(**place), sampling.timestep(sigma).float()
+        output = shallow(scaled, timesteps, given["c_crossattn"].to(**place), given["y"].to(**place), options).float()
         return sampling.calculate_denoised(sigma, output, x)
 
     patched.set_model_unet_function_wrapper(wrapper)

@@ -1,8 +1,7 @@
-"""How ComfyUI holds and rebuilds a model: partial loads, copies for other devices, saves. torch.compile is in ../test_compile.py."""
+"""How ComfyUI holds and rebuilds a model: partial loads, copies for other devices, saves. torch.compile is in test_compiled.py."""
 
 import comfy.sd
 import comfy_extras.nodes_model_merging as merging
-import torch
 from sampling_run import sample_latent
 
 from .subjects import another
@@ -11,7 +10,7 @@ from .subjects import another
 def test_partial_load(contract, unet_call):
     def use(model):
         model.detach()
-        model.load(torch.device("cpu"), lowvram_model_memory=2_000_000, full_load=False)
+        model.load(model.load_device, lowvram_model_memory=2_000_000, full_load=False)
         try:
             return unet_call(model, (3.0, 0.5)).clone()
         finally:
@@ -24,7 +23,7 @@ def test_partial_load_with_a_lora(contract, unet_call, add_lora):
     def use(model):
         patched = add_lora(model)
         patched.detach()
-        patched.load(torch.device("cpu"), lowvram_model_memory=2_000_000, full_load=False)
+        patched.load(patched.load_device, lowvram_model_memory=2_000_000, full_load=False)
         try:
             return unet_call(patched, (3.0, 0.5)).clone()
         finally:

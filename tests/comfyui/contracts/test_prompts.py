@@ -1,5 +1,6 @@
 """What prompts, sizes and settings do to a call of the UNet: batches, areas, long prompts, odd sizes, no CFG."""
 
+import comfy.model_management
 import pytest
 import torch
 from sampling_run import conditioning, sample_latent
@@ -55,7 +56,7 @@ def test_prompts_for_parts_of_the_steps(contract):
 
 def test_timesteps_mixed_in_a_batch(contract, unet_call):
     def use(model):
-        model.load(torch.device("cpu"), full_load=True)
+        comfy.model_management.load_models_gpu([model])
         return unet_call(model, (14.0, 2.9, 0.3)).clone()
 
     contract("different timesteps in one batch", use)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import comfy.ops
 import comfy.supported_models
 import tiny_sdxl
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -38,5 +37,5 @@ def write_refiner(path) -> None:
         "transformer_depth_middle": 1,
         "num_head_channels": 32,
     }
-    net = UNetModel(**config, operations=comfy.ops.disable_weight_init)
+    net = UNetModel(**config, operations=tiny_sdxl.WithWeights)
     save_file({"model.diffusion_model." + key: tensor for key, tensor in tiny_sdxl._random(net, 30).items()}, str(path))
