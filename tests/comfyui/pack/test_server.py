@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stepquant.quant.file_format import read_header
+
 from . import workflows as w
 from .comfy_server import ComfyServer
 from .conftest import PACK_FOLDER, make_base
@@ -122,6 +124,18 @@ def test_example_workflow_makes_a_picture_over_http(server, example):
     prompt, shown = adapted(json.loads(example.read_text(encoding="utf-8")), server.get("/object_info"))
     made = picture(server, server.run(prompt), shown)
     assert made.std() > 5 and (made.shape == (w.SIDE, w.SIDE, 3) or "compare" in example.stem)
+
+
+def test_small_file_example_saves_four_bit_weights_and_decodes_in_tiles(server, base):
+    example = json.loads((ROOT / "example_workflows" / "small_file_for_a_4_gb_card.json").read_text(encoding="utf-8"))
+    prompt, shown = adapted(example, server.get("/object_info"))
+    saver = next(node for node in prompt.values() if node["class_type"] == "StepQuantSave")
+    saver["inputs"]["file_name"] = "small"
+    picture(server, server.run(prompt), shown)
+    path = base / "models" / "checkpoints" / "small.safetensors"
+    bits = [scheme.weight_bits for scheme in read_header(path).recipe.schemes.values()]
+    assert bits.count(4) > bits.count(8) > 0
+    assert "VAEDecodeTiled" in {node["class_type"] for node in prompt.values()}
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
