@@ -45,19 +45,27 @@ LORA_LAYERS = (
 DIFF_KEY = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
 
 
-def write_random_sdxl(path: Path) -> dict:
-    """A UNet file of SDXL's shapes, fp16, matrices of unit gain, so that activations keep their size through the network."""
+def sdxl_shapes() -> dict[str, tuple[int, ...]]:
+    """Of the UNet's tensors, by LDM name."""
     import comfy.ops
     import torch
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-    from safetensors.torch import save_file
 
     # Not disable_weight_init: under dynamic VRAM its Linears have no weights before they are loaded.
     class WithWeights(comfy.ops.disable_weight_init):
         Linear = torch.nn.Linear
 
     with torch.device("meta"):
-        shapes = {key: tensor.shape for key, tensor in UNetModel(**SDXL, dtype=torch.float16, operations=WithWeights).state_dict().items()}
+        unet = UNetModel(**SDXL, dtype=torch.float16, operations=WithWeights)
+    return {key: tuple(tensor.shape) for key, tensor in unet.state_dict().items()}
+
+
+def write_random_sdxl(path: Path) -> dict:
+    """A UNet file of SDXL's shapes, fp16, matrices of unit gain, so that activations keep their size through the network."""
+    import torch
+    from safetensors.torch import save_file
+
+    shapes = sdxl_shapes()
     generator, tensors = torch.Generator(DEVICE).manual_seed(0), {}
     for key, shape in shapes.items():
         if len(shape) >= 2:

@@ -26,6 +26,7 @@ from quality_measure import Adherence, Candidate, Closeness, adherence, in_place
 from quality_records import append, closeness_record, general_record
 from quality_rows import ALL_MODES, CHANNEL_GROUPS, FP16, GRANULARITY, PLAN, Row, build_row
 from quality_sheet import write_sheet
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepquant.demo.hard_variant import harden, read_factors
@@ -36,6 +37,7 @@ from stepquant.hosts.diffusers.attention import attention_layers, set_attention
 from stepquant.hosts.diffusers.calibrate import calibrate, measure_sensitivity
 from stepquant.hosts.diffusers.fidelity import Reference, record_reference
 from stepquant.hosts.diffusers.quantize import unet_shapes
+from stepquant.hosts.diffusers.second_moments import gather_second_moments
 from stepquant.hosts.diffusers.smoothing import smooth_unet
 from stepquant.hosts.diffusers.trajectory import Sampling
 from stepquant.hosts.key_mapping import ldm_to_diffusers
@@ -79,8 +81,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--general-modes", nargs="+", choices=ALL_MODES, default=["w8a8-static", "w8a8-token", PLAN])
     parser.add_argument("--smooth", action="store_true", help="smooth the UNet first; its modes get names of their own")
     parser.add_argument("--per-layer", action="store_true", help="also each layer's own SQNR, worst first")
+    parser.add_argument("--in-floats", action="store_true", help="simulate integer layers too: the same to 90 dB, and fast on a CPU")
     parser.add_argument("--no-sampling", action="store_true", help="no latents and PSNR")
     parser.add_argument("--calibration", type=Path, help="made and written if it is missing")
+    parser.add_argument("--moments", type=Path, help="second moments of layers' inputs; made and written if it is missing")
+    parser.add_argument("--sensitivity", type=Path, help="a calibration whose sensitivities are taken instead of measured anew")
     parser.add_argument("--recipe", type=Path, help="of the plan; made and written if it is missing")
     parser.add_argument("--prepare", choices=("calibration", "plan"), help="only make --calibration, or --recipe too")
     parser.add_argument("--sheet", type=Path, help="JPEG of the first prompts, one column per mode")
@@ -133,6 +138,8 @@ class Bench:
         file = self.args.recipe
         if file is not None and file.exists():
             return Recipe.from_json(json.loads(file.read_text(encoding="utf-8")), str(file))
+        if self.args.sensitivity is not None:
+            self.calibration.sensitivity = Calibration.load(self.args.sensitivity).sensitivity
         if not self.calibration.sensitivity:
             measure = lambda: measure_sensitivity(self.pipeline, CALIBRATION[0], self._sampling())  # noqa: E731
             self.calibration.sensitivity = _timed("sensitivities", measure)
@@ -142,20 +149,40 @@ class Bench:
             file.write_text(json.dumps(plan.recipe.to_json()), encoding="utf-8")
         return plan.recipe
 
+    @cached_property
+    def moments(self) -> dict[str, Tensor]:
+        """Of the layers' inputs on the prompts that were calibrated on."""
+        file = self.args.moments
+        if file is not None and file.exists():
+            return load_file(file, self.args.device)
+        gather = lambda: gather_second_moments(self.pipeline, CALIBRATION, self._sampling(), len(CALIBRATION))  # noqa: E731
+        found = _timed("second moments", gather)
+        if file is not None:
+            save_file(found, file)
+        return found
+
+    def weight_of(self, name: str) -> Tensor:
+        return self.pipeline.unet.get_submodule(ldm_to_diffusers(name)).weight.float().cpu()
+
+    def row(self, mode: str, bits: int) -> Row:
+        return build_row(mode, bits, self.layers, self.calibration, lambda: self.plan, self.known, self.weight_of, lambda: self.moments)
+
     def _make_plan(self) -> Plan:
         grouping = choose_groups("optimal", DEFAULT_GROUPS, self.calibration, preset_recipe("w8a8-static", self.layers).schemes)
         options = measure_options(
             self.layers,
-            lambda name: self.pipeline.unet.get_submodule(ldm_to_diffusers(name)).weight.cpu(),
+            lambda name: self.pipeline.unet.get_submodule(ldm_to_diffusers(name)).weight,
             self.calibration,
             grouping,
             channel_groups=CHANNEL_GROUPS,
             granularity=GRANULARITY,
+            moments=self.moments,
         )
         return make_plan(options, Budget(), grouping, self.other_bytes)
 
     def candidate(self, row: Row) -> Candidate:
-        unet, tap, simulated = build_unet(self.pipeline.unet, row.plans, self.calibration, row.bits, self.cache)
+        parts = (self.pipeline.unet, row.plans, self.calibration, row.bits, self.cache)
+        unet, tap, simulated = build_unet(*parts, in_floats=self.args.in_floats)
         if row.log2_attention:
             set_attention(unet, dict.fromkeys(attention_layers(unet), AttentionScheme(AttentionMode.LOG2, row.log2_attention)))
         return Candidate(unet, tap, list(self.layers), simulated)
@@ -188,7 +215,7 @@ class Bench:
         self, mode: str, bits: int, reference: Reference, judge: Judge | None, right: Tensor | None, columns: list[tuple[str, Tensor]]
     ) -> None:
         start = time.perf_counter()
-        row = build_row(mode, bits, self.layers, self.calibration, lambda: self.plan, self.known)
+        row = self.row(mode, bits)
         row = replace(row, mode=row.mode + self.suffix)
         candidate = self.candidate(row)
         built = time.perf_counter() - start
@@ -219,7 +246,7 @@ class Bench:
         from quality_general import SETTINGS, setting_sqnr
 
         args = self.args
-        rows = [build_row(mode, 8, self.layers, self.calibration, lambda: self.plan, self.known) for mode in args.general_modes]
+        rows = [self.row(mode, 8) for mode in args.general_modes]
         candidates = [self.candidate(row) for row in rows]
         calibrated: list[float] = []
         for setting in SETTINGS:

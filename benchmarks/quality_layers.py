@@ -19,15 +19,18 @@ from stepquant.hosts.diffusers.quantize import build_layer, replace_layer
 from stepquant.hosts.diffusers.timestep_tap import TimestepTap
 from stepquant.hosts.key_mapping import ldm_to_diffusers
 from stepquant.quant.activation_choice import choose_grouping
-from stepquant.quant.activation_noise import group_importance
+from stepquant.quant.activation_noise import above_low, group_importance
 from stepquant.quant.calibration import ActivationTables, Calibration, quantized_values, static_range
 from stepquant.quant.channel_group import ChannelGrouping, grouped_statistics, weight_energy, within_int32
 from stepquant.quant.file_format import QuantizedLayer
+from stepquant.quant.int8_rounding import gptq_int8
+from stepquant.quant.layer_noise import stored_bytes
+from stepquant.quant.layers import LayerSpec
 from stepquant.quant.mac_counter import MacCounter
 from stepquant.quant.observer import LayerStatistics
 from stepquant.quant.scheme import ActivationMode, Scheme
 from stepquant.quant.timestep import NUM_BUCKETS, ScaleCurve
-from stepquant.quant.weight import INT8_MAX, SMALLEST_SCALE, dequantize_weight, quantize_weight
+from stepquant.quant.weight import FP8, INT8_MAX, SMALLEST_SCALE, dequantize_weight, quantize_weight
 
 GPU_GRANULARITY = 32  # the finest channel groups that the GPU kernels take
 FP8_MAX = 448.0
@@ -39,13 +42,33 @@ class LayerPlan:
     """How one layer is quantized. scheme None: fp8 as ComfyUI does it, one dynamic scale per tensor, one of the weight.
 
     per_tensor_weight: one weight scale for the whole layer instead of one per output channel. min_max: static ranges hold all
-    that calibration saw; else some of it may be clipped (Calibration.tables).
+    that calibration saw; else some of it may be clipped (Calibration.tables). moments: of the input, to round int8 weights by.
     """
 
     scheme: Scheme | None
     groups: Groups = (0,) * NUM_BUCKETS
     per_tensor_weight: bool = False
     min_max: bool = False
+    moments: Tensor | None = None
+
+    @property
+    def simulated(self) -> bool:
+        """Whether it must run in floats, whatever the kernels could do."""
+        return False
+
+    def weight_codes(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """int8 or fp8 codes, (N, K) or (Cout, kh, kw, Cin), and scales (N,) of a float weight."""
+        if self.moments is not None:
+            rounded = gptq_int8(weight, self.moments.to(weight.device), name)
+            return rounded.codes, rounded.scale
+        if self.scheme.is_fp8:
+            quantized = quantize_weight(weight, name, FP8)
+            return quantized.codes, quantized.scale
+        return _weight_codes(weight, name, self.per_tensor_weight)
+
+    def stored_bytes(self, spec: LayerSpec) -> int:
+        """As layer_noise.stored_bytes; of fp8 one byte a weight and one scale."""
+        return stored_bytes(spec, None) // 2 + 4 if self.scheme is None else stored_bytes(spec, self.scheme)
 
 
 @dataclass
@@ -69,7 +92,7 @@ def prepare_layer(name: str, weight: Tensor, plan: LayerPlan, calibration: Calib
     if plan.scheme is None:
         scale = (weight.abs().amax() / FP8_MAX).clamp_min(SMALLEST_SCALE)
         return PreparedLayer(None, (weight / scale).to(torch.float8_e4m3fn).float() * scale, scale)
-    codes, scale = _weight_codes(weight, name, plan.per_tensor_weight)
+    codes, scale = plan.weight_codes(name, weight)
     prepared = PreparedLayer(plan.scheme, codes, scale)
     if not plan.scheme.needs_calibration:
         return prepared
@@ -164,16 +187,19 @@ class SimulatedLayer(nn.Module):
 
     def _quantized(self, x: Tensor) -> Tensor:
         if self.act_scale is None:
-            scale = _dynamic_absmax(x, self.weight).clamp_min(SMALLEST_SCALE) / (2 ** (self.bits - 1) - 1)
+            per_image = _is_spatial(self.weight) and self.scheme.activation is not ActivationMode.PIXEL
+            if _is_spatial(self.weight) and not self.scheme.symmetric:
+                return above_low(x, x.amax((1, 2, 3) if per_image else 1, keepdim=True), self.bits)
+            scale = _dynamic_absmax(x, per_image).clamp_min(SMALLEST_SCALE) / (2 ** (self.bits - 1) - 1)
             return quantized_values(x, scale, 0, True, self.bits)
         shape = (-1, *[1] * (x.ndim - 1))
         zero_point = 0 if self.act_zero_point is None else self.act_zero_point[self.tap.bucket].view(shape)
         return quantized_values(x, self.act_scale[self.tap.bucket].view(shape), zero_point, self.act_zero_point is None, self.bits)
 
 
-def _dynamic_absmax(x: Tensor, weight: Tensor) -> Tensor:
-    """Per image of a 3x3 convolution, else per row (pixel or token)."""
-    return x.abs().amax((1, 2, 3), keepdim=True) if _is_spatial(weight) else x.abs().amax(1 if x.ndim == 4 else -1, keepdim=True)
+def _dynamic_absmax(x: Tensor, per_image: bool) -> Tensor:
+    """Else per row (pixel or token)."""
+    return x.abs().amax((1, 2, 3), keepdim=True) if per_image else x.abs().amax(1 if x.ndim == 4 else -1, keepdim=True)
 
 
 def build_unet(
@@ -183,8 +209,9 @@ def build_unet(
     bits: int,
     cache: GroupingCache,
     progress: Callable[[int, int], None] | None = None,
+    in_floats: bool = False,
 ) -> tuple[nn.Module, TimestepTap, int]:
-    """A copy of the UNet with the planned layers quantized; others stay as they are.
+    """A copy of the UNet with the planned layers quantized; others stay as they are. in_floats: simulate all, which a CPU does faster.
 
     Returns: the copy, its timestep tap, and how many layers are simulated in floats.
     """
@@ -194,7 +221,7 @@ def build_unet(
         path = ldm_to_diffusers(name)
         original = built.get_submodule(path)
         prepared = prepare_layer(name, original.weight, plan, calibration, bits, cache)
-        if bits < 8 or not runs_as_integers(plan.scheme, original.weight.device):
+        if in_floats or bits < 8 or plan.simulated or not runs_as_integers(plan.scheme, original.weight.device):
             layer = SimulatedLayer(name, prepared, original, tap, bits)
             simulated += 1
         else:

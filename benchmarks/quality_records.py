@@ -38,6 +38,7 @@ def closeness_record(bench, row: Row | str, closeness: Closeness | None, found: 
             "step_sqnr_db": [_rounded(value) for value in closeness.steps.per_step_db()],
             "activation_bits": row.bits,
             "simulated_layers": simulated,
+            "channel_groups": _channel_groups(bench, row),
         }
     if found is not None:
         record |= {"adherence": _rounded(found.share), **_difference("adherence_diff", found.all)}
@@ -59,15 +60,21 @@ def _record(kind: str, bench, mode: str, size_bytes: int) -> dict[str, object]:
     return record
 
 
+def _channel_groups(bench, row: Row) -> dict[str, list[int]]:
+    """Effective number of groups, and channels per block, of every layer that has channel groups."""
+    found = {}
+    for (name, _groups, bits, scheme), grouping in bench.cache.items():
+        if row.bits == bits and name in row.plans and row.plans[name].scheme == scheme:
+            found[name] = [grouping.groups, grouping.granularity]
+    return found
+
+
 def _size_bytes(bench, row: Row | None) -> int:
     """Of the UNet's file, headers left out."""
     total = bench.other_bytes
     for name, spec in bench.layers.items():
         plan = None if row is None else row.plans.get(name)
-        if plan is not None and plan.scheme is None:
-            total += stored_bytes(spec, None) // 2 + 4  # fp8 and one scale
-        else:
-            total += stored_bytes(spec, None if plan is None else plan.scheme)
+        total += stored_bytes(spec, None) if plan is None else plan.stored_bytes(spec)
     return total
 
 

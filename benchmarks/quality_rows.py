@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from quality_int4_rows import INT4_MODES, int4_plans
 from quality_layers import LayerPlan
+from torch import Tensor
 
+from stepquant.quant.activation_choice import choose_activation
 from stepquant.quant.calibration import Calibration
 from stepquant.quant.grouping import Grouping, choose_groups
 from stepquant.quant.layers import LayerSpec, has_symmetric_input, needs_row_scales
-from stepquant.quant.recipe import DEFAULT_GROUPS, Recipe, preset_recipe
+from stepquant.quant.recipe import DEFAULT_GROUPS, FP8_PRESET, Recipe, preset_recipe
 from stepquant.quant.scheme import ActivationMode, Scheme
 
 # As fine relative to the demo model's 64 to 512 channels as 64 is to SDXL's 320 to 5120.
 GRANULARITY, CHANNEL_GROUPS = 8, 16
 
+WeightOf = Callable[[str], Tensor]  # a layer's float weight by name, on the CPU
 KnownGroups = dict[tuple, Grouping]  # by what the choice depends on; it takes seconds
 
 
@@ -35,6 +39,7 @@ class Method:
 
     grouping: how timesteps are grouped, None for one group. row_scales: layers that need them (layers.needs_row_scales) keep one
     scale per row. min_max: ranges hold everything seen; else a little may be clipped.
+    measured: a layer has channel groups only where they were measured to be better on the recorded rows, and coarse ones if those do.
     """
 
     per_channel_weight: bool = False
@@ -45,10 +50,19 @@ class Method:
     row_scales: bool = False
     min_max: bool = True
     log2_attention: bool = False
+    measured: bool = False
 
-    def plans(self, layers: Mapping[str, LayerSpec], calibration: Calibration, known: KnownGroups) -> dict[str, LayerPlan]:
+    def plans(
+        self, layers: Mapping[str, LayerSpec], calibration: Calibration, known: KnownGroups, weight_of: WeightOf, bits: int = 8
+    ) -> dict[str, LayerPlan]:
         schemes = {name: self._scheme(spec) for name, spec in layers.items()}
         groups = self._groups(calibration, schemes, known)
+        if self.measured:
+            for name, scheme in schemes.items():
+                if scheme.is_grouped:
+                    statistics, its_groups = calibration.layers[name], groups.layer_groups.get(name, groups.groups)
+                    options = (self.channel_groups, GRANULARITY, bits, (ActivationMode.STATIC,))
+                    schemes[name] = choose_activation(name, statistics, weight_of(name), its_groups, *options).scheme
         return {
             name: LayerPlan(scheme, groups.layer_groups.get(name, groups.groups), not self.per_channel_weight, self.min_max)
             for name, scheme in schemes.items()
@@ -72,7 +86,7 @@ class Method:
         return known[key]
 
 
-ALL = Method(True, True, "optimal", False, CHANNEL_GROUPS, row_scales=True, min_max=False)
+ALL = Method(True, True, "optimal", False, CHANNEL_GROUPS, row_scales=True, min_max=False, measured=True)
 METHODS = {
     "min-max": Method(),
     "weight-per-channel": Method(per_channel_weight=True),
@@ -85,30 +99,47 @@ METHODS = {
     "log2-attention": Method(log2_attention=True),
     "no-grouping": Method(True, True, None, False, 1, row_scales=True, min_max=False),
     "no-channel-groups": Method(True, True, "optimal", False, 1, row_scales=True, min_max=False),
-    "no-timestep-groups": Method(True, True, None, False, CHANNEL_GROUPS, row_scales=True, min_max=False),
+    "no-timestep-groups": replace(ALL, grouping=None),
     "full-static": ALL,
-    "full-static-log2": Method(True, True, "optimal", False, CHANNEL_GROUPS, row_scales=True, min_max=False, log2_attention=True),
+    "full-static-log2": replace(ALL, log2_attention=True),
 }
 NATIVE = ("comfy-int8", "comfy-fp8")
 PRESET_ROWS = ("w8a8-token", "w8a8-static")
 PLAN = "plan"
+PLAIN, GPTQ = "-plain", "-gptq"  # the plan's weights rounded to nearest; a preset's by second moments, as the plan's are
+PLAN_ROWS, GPTQ_ROWS = (PLAN, PLAN + PLAIN), tuple(row + GPTQ for row in PRESET_ROWS)
+ROUNDED = (PLAN, *GPTQ_ROWS)
 FP16 = "fp16"
-ALL_MODES = (FP16, *NATIVE, *METHODS, *PRESET_ROWS, PLAN)
+ALL_MODES = (FP16, *NATIVE, *METHODS, *PRESET_ROWS, FP8_PRESET, *GPTQ_ROWS, *PLAN_ROWS, *INT4_MODES)
 
 
 def build_row(
-    mode: str, bits: int, layers: Mapping[str, LayerSpec], calibration: Calibration, plan: Callable[[], Recipe], known: KnownGroups
+    mode: str,
+    bits: int,
+    layers: Mapping[str, LayerSpec],
+    calibration: Calibration,
+    plan: Callable[[], Recipe],
+    known: KnownGroups,
+    weight_of: WeightOf,
+    moments: Callable[[], Mapping[str, Tensor]],
 ) -> Row:
-    """The row of one of ALL_MODES but fp16. bits: of activations; fewer than 8 are simulated. plan: makes the plan's recipe."""
+    """The row of one of ALL_MODES but fp16. bits: of activations; fewer than 8 are simulated. plan: makes the plan's recipe.
+
+    moments: gathers those of layers' inputs that int8 weights are rounded by, in the modes of ROUNDED.
+    """
+    if mode in INT4_MODES:
+        return Row(mode, int4_plans(mode, layers, lambda: ALL.plans(layers, calibration, known, weight_of)), bits)
     name = mode if mode.startswith("w8a8") else f"w8a{bits}-{mode}"
     name = name.replace("w8a8", f"w8a{bits}")
     if mode in METHODS:
         method = METHODS[mode]
-        return Row(name, method.plans(layers, calibration, known), bits, bits if method.log2_attention else 0)
+        return Row(name, method.plans(layers, calibration, known, weight_of, bits), bits, bits if method.log2_attention else 0)
     linears = [layer for layer, spec in layers.items() if not spec.is_conv]
     if mode == "comfy-int8":
         return Row(mode, dict.fromkeys(linears, LayerPlan(Scheme())))
     if mode == "comfy-fp8":
         return Row(mode, dict.fromkeys(linears, LayerPlan(None)))
-    recipe = plan() if mode == PLAN else preset_recipe(mode, layers)
-    return Row(name, {layer: LayerPlan(scheme, recipe.groups_of(layer)) for layer, scheme in recipe.schemes.items()}, bits)
+    found = moments() if mode in ROUNDED else {}
+    recipe = plan() if mode.removesuffix(PLAIN) == PLAN else preset_recipe(mode.removesuffix(GPTQ), layers)
+    plans = {layer: LayerPlan(scheme, recipe.groups_of(layer), moments=found.get(layer)) for layer, scheme in recipe.schemes.items()}
+    return Row(name, plans, bits)

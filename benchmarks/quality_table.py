@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 Record = Mapping[str, object]
-HEAD = "| mode | SQNR, dB | worst step, dB | latents, dB | PSNR, dB | adherence, points (95 %) | integer | UNet, MB |"
-RULE = "|---|---|---|---|---|---|---|---|"
+HEAD = (
+    "| mode | SQNR, dB | worst step, dB | latents, dB | PSNR, dB | adherence, points (95 %) | integer | UNet, MB | channel groups: layers |"
+)
+RULE = "|---|---|---|---|---|---|---|---|---|"
 MODELS = ("stepquant-demo-xs", "stepquant-demo-xs-hard")
 TITLES = {MODELS[0]: "Demo model", MODELS[1]: "Hard variant: the same function, activations as hard as SDXL-Turbo's"}
 WORST_CHANGE_DB = -2.0
@@ -67,7 +70,8 @@ def _line(record: Record) -> str:
     mode = f"{record['mode']}{' ~' if record.get('simulated_layers') else ''}"
     share = record["integer_mac_share"]
     cells = [mode, *(_number(record[key]) for key in ("sqnr_db", "sqnr_worst_db", "latent_sqnr_db", "psnr_db")), _adherence(record)]
-    return "| " + " | ".join([*cells, "" if share is None else f"{100 * share:.1f} %", f"{record['size_bytes'] / 1e6:.1f}"]) + " |"
+    cells += ["" if share is None else f"{100 * share:.1f} %", f"{record['size_bytes'] / 1e6:.1f}", _channel_groups(record)]
+    return "| " + " | ".join(cells) + " |"
 
 
 def _adherence(record: Record) -> str:
@@ -76,6 +80,12 @@ def _adherence(record: Record) -> str:
     if record["mode"] == "fp16":
         return f"{record['adherence']:.1f} % of {record['judged']}"
     return f"{record['adherence_diff']:+.2f} [{record['ci_low']:+.2f}, {record['ci_high']:+.2f}]"
+
+
+def _channel_groups(record: Record) -> str:
+    """Layers by effective number of groups and channels per block."""
+    counts = Counter(tuple(found) for found in record.get("channel_groups", {}).values())
+    return ", ".join(f"{layers} in {groups} of {size}" for (groups, size), layers in sorted(counts.items()))
 
 
 def _number(value: float | None) -> str:
@@ -114,6 +124,8 @@ MUSTS = (
     *(Must(model, "w8a8-plan", None, 0.98, "integer_mac_share") for model in MODELS),
     *(Must(model, "w8a8-plan", None, -2.0, "ci_low") for model in MODELS),
     Must(MODELS[1], "w8a6-full-static", "w8a6-no-grouping", 6.0),
+    *(Must(model, "w4a8-best", "w4a8-plain", 4.0) for model in MODELS),
+    *(Must(model, "w4a8-best", "w4a8-dgq", 3.0) for model in MODELS),
 )
 
 

@@ -30,6 +30,8 @@ from speed_table import Table, say
 
 HERE = Path(__file__).resolve().parent
 CALLS = 20
+# What --schemes takes.
+PRESETS = {"token": "w8a8-token", "static": "w8a8-static", "fp8": "w8a8-fp8", "int4": "w4a8-token"}
 # What a new process, two models and two pictures take on a slow host; below it the sessions are left out.
 LEAST_SECONDS_FOR_A_SESSION = 30
 
@@ -155,7 +157,8 @@ def measure_shipped(table: Table, gpu: Gpu, source: Path, inputs: Any, arguments
         patcher = load(speed_models.load_kitchen(source, gpu.device))
         measure_foreign(table, gpu, "comfy-kitchen int8 Linears", patcher, inputs.on(patcher))
         del patcher
-    for convs in (False, True) if arguments.sdnq else ():
+    for layers in arguments.sdnq:
+        convs = layers == "all"
         mode = f"SDNQ int8 Linears{' and convolutions' if convs else ''}"
         with table.attempt(mode):
             patcher = speed_models.load_sdnq(source, gpu.device, convs)
@@ -168,19 +171,19 @@ def measure_shipped(table: Table, gpu: Gpu, source: Path, inputs: Any, arguments
 def measure_ours(
     table: Table, gpu: Gpu, scheme: str, fp16: Any, calibration: Any, inputs: Any, arguments: argparse.Namespace, cold: bool
 ) -> None:
-    """One scheme: the whole UNet as ComfyUI runs it, then the same without a graph, then layer by layer."""
+    """One scheme: the whole UNet as ComfyUI runs it, then the same without a graph, then layer by layer if asked for."""
     from stepquant.hosts.acceleration import Acceleration
     from stepquant.hosts.comfy.attach import counting_macs, state_of
     from stepquant.hosts.comfy.quantize import quantize_model
 
-    name = f"ours w8a8-{scheme}"
-    share = None
+    preset = PRESETS[scheme]
+    name, share = f"ours {preset}", None
 
     def row(mode: str, graph: bool, output: Any, step_ms: float, **more: object) -> None:
         table.add(mode, graph, step_ms=step_ms, **gpu.peak(), sqnr_db=table.sqnr(output), integer_mac_share=share, **more)
 
     with table.attempt(name):
-        patcher = load(quantize_model(fp16, f"w8a8-{scheme}", calibration))
+        patcher = load(quantize_model(fp16, preset, calibration))
         state, call = state_of(patcher), inputs.on(patcher, ours=True)
         gpu.forget_peak()
         output, first_s = gpu.first(call)
@@ -202,8 +205,10 @@ def measure_ours(
         step_ms = gpu.median_ms(call)
         split = _profile(call, f"{name}, eager") if arguments.profile and gpu.is_cuda else None
         row(f"{name} fused", False, call(), step_ms, time_split=split)
+    if not arguments.layerwise:
+        return
     with table.attempt(f"{name} layerwise"):
-        patcher = load(quantize_model(fp16, f"w8a8-{scheme}", calibration, acceleration=Acceleration.OFF))
+        patcher = load(quantize_model(fp16, preset, calibration, acceleration=Acceleration.OFF))
         call = inputs.on(patcher, ours=True)
         gpu.forget_peak()
         output, _ = gpu.first(call)
@@ -284,12 +289,13 @@ def parse(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="append every row to this JSON-lines file")
     parser.add_argument("--seconds", type=float, default=240, help="rows that would start later than this are left out")
     parser.add_argument("--steps", type=int, default=20, help="of the two pictures")
-    parser.add_argument("--schemes", nargs="*", choices=("token", "static"), default=["token", "static"])
+    parser.add_argument("--schemes", nargs="*", choices=tuple(PRESETS), default=["token", "static"])
     parser.add_argument("--only-ours", action="store_true", help="of the others only fp16, the reference")
     parser.add_argument("--no-session", action="store_true", help="without the two pictures through ComfyUI's sampler")
+    parser.add_argument("--layerwise", action="store_true", help="also our modes layer by layer, without fused blocks")
     parser.add_argument("--profile", action="store_true", help="also where the GPU time of our rows goes, by groups of kernels")
     parser.add_argument("--compile", action="store_true", help="also torch.compile, which takes minutes to start")
-    parser.add_argument("--sdnq", action="store_true", help="also SDNQ (pip install sdnq), which takes minutes to start")
+    parser.add_argument("--sdnq", nargs="*", choices=("linears", "all"), default=[], help="also SDNQ (pip install sdnq), slow to start")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the tests' small model, to try this script")
     return parser.parse_args(given)
@@ -314,7 +320,7 @@ def measure(table: Table, gpu: Gpu, folder: Path, arguments: argparse.Namespace)
         calibration = None
         for number, scheme in enumerate(arguments.schemes):
             if table.seconds_left < 0:
-                say(f"  left out, time is up: w8a8-{scheme}")
+                say(f"  left out, time is up: {PRESETS[scheme]}")
                 continue
             if scheme == "static":
                 with table.attempt("calibrate"):

@@ -128,3 +128,32 @@ def test_last_record_of_a_mode_counts():
     table = load("quality_table")
     page = table.render([record(table.MODELS[0], "w8a8-token", sqnr_db=value) for value in (30.0, 38.0)])
     assert "| w8a8-token | 38.00 |" in page and "30.00" not in page
+
+
+def test_table_says_how_many_channel_groups_of_what_size_there_are():
+    table = load("quality_table")
+    groups = {"a": [4, 16], "b": [4, 16], "c": [2, 8]}
+    page = table.render([record(table.MODELS[0], "w8a8-full-static", sqnr_db=30.0, channel_groups=groups)])
+    assert "2 in 4 of 16" in page and "1 in 2 of 8" in page
+
+
+@pytest.mark.parametrize("mode", ["pixel", "token"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_simulated_convolution_gives_what_integer_codes_give(mode, symmetric):
+    layers, generator = load("quality_layers"), torch.Generator().manual_seed(0)
+    conv = torch.nn.Conv2d(32, 16, 3, padding=1)
+    conv.weight.data = torch.randn(16, 32, 3, 3, generator=generator)
+    x = torch.nn.functional.silu(torch.randn(2, 32, 6, 5, generator=generator))
+    scheme = Scheme(activation=ActivationMode(mode), symmetric=symmetric)
+    prepared = layers.prepare_layer("middle_block.0.in_layers.2", conv.weight, layers.LayerPlan(scheme), None, 8, layers.GroupingCache())
+    simulated = layers.SimulatedLayer("middle_block.0.in_layers.2", prepared, conv, FixedTap(), 8)
+    real = layers.build_layer("middle_block.0.in_layers.2", scheme, layers._stored(prepared, conv), conv, FixedTap())
+    assert sqnr_db(real(x), simulated(x)) > 90
+
+
+def test_plans_weights_are_rounded_by_the_second_moments_that_they_are_given(linear):
+    layers = load("quality_layers")
+    moments = torch.randn(64, 64, generator=torch.Generator().manual_seed(2))
+    moments = moments @ moments.t()
+    codes = [layers.LayerPlan(Scheme(), moments=one).weight_codes("layer", linear.weight)[0] for one in (None, moments)]
+    assert codes[0].shape == codes[1].shape and not torch.equal(*codes)
