@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..version import VERSION
-from . import calibrate, check, compare, demo, export, hessians, inspect, plan, quantize
+from . import calibrate, check, compare, corrections, demo, export, hessians, inspect, plan, quantize, reconstruct, tune
 from .output import one_sentence_errors
 
 app = typer.Typer(
@@ -24,8 +24,11 @@ for command in (
     calibrate.calibrate,
     plan.plan,
     hessians.hessians,
+    reconstruct.reconstruct,
     export.export,
     inspect.inspect,
+    tune.tune,
+    corrections.corrections,
     compare.compare,
     check.check,
 ):

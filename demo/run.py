@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..hosts.checkpoint_file import sha256_of
 from ..hosts.diffusers.calibrate import calibrate
 from ..hosts.diffusers.fidelity import Fidelity, Reference, measure_fidelity, record_reference
+from ..hosts.diffusers.int4_hessians import hessians_observed
 from ..hosts.diffusers.peak_memory import unet_peak_bytes
 from ..hosts.diffusers.quantize import quantize_unet, unet_shapes
 from ..hosts.diffusers.trajectory import Progress, Sampling
@@ -20,6 +21,7 @@ from ..hosts.diffusers.unet_file import save
 from ..quant.calibration import Calibration
 from ..quant.layers import find_layers
 from ..quant.recipe import DEFAULT_GROUPS, preset_recipe
+from ..quant.rounding.method import Rounding, RoundingMethod
 from .architecture import MODEL_DIR
 from .pipeline import load_demo_pipeline
 from .prompts import CALIBRATION, SHOWN
@@ -27,7 +29,12 @@ from .sheet import Column, Row, draw_sheet
 
 MODEL_NAME = "stepquant-demo-xs"
 UNET_FILE = MODEL_DIR / "unet.safetensors"
-TITLES = {"fp16": "fp16", "w8a8-token": "W8A8 token", "w8a8-static": f"W8A8 static, {DEFAULT_GROUPS} groups"}
+TITLES = {
+    "fp16": "fp16",
+    "w8a8-token": "W8A8 token",
+    "w8a8-static": f"W8A8 static, {DEFAULT_GROUPS} groups",
+    "w4a8-mixed": "W4A8 mixed, GPTQ",
+}
 CALIBRATION_PROMPTS = 4
 CALIBRATION_SEED = 10_000  # far from the shown pictures' seeds
 
@@ -73,8 +80,8 @@ def run_demo(out: Path, prompt_count: int, sampling: Sampling, start: StartProgr
     layers = find_layers(unet_shapes(pipeline.unet))
     base_model = {"name": MODEL_NAME, "sha256": sha256_of(UNET_FILE)}
 
-    def quantized(mode: str, calibration: Calibration | None) -> tuple[nn.Module, Path]:
-        unet = quantize_unet(copy.deepcopy(pipeline.unet), preset_recipe(mode, layers), calibration)
+    def quantized(mode: str, calibration: Calibration | None, rounding: Rounding | None = None) -> tuple[nn.Module, Path]:
+        unet = quantize_unet(copy.deepcopy(pipeline.unet), preset_recipe(mode, layers), calibration, rounding)
         file = out / f"{MODEL_NAME}-{mode}.safetensors"
         save(unet, file, base_model)
         return unet, file
@@ -82,8 +89,10 @@ def run_demo(out: Path, prompt_count: int, sampling: Sampling, start: StartProgr
     # First what may fail on a full or read-only disk: nobody should wait a minute for that.
     candidates = {"w8a8-token": quantized("w8a8-token", None)}
     calibration_sampling = Sampling(sampling.steps, sampling.guidance, CALIBRATION_SEED)
-    calibration = calibrate(pipeline, CALIBRATION[:CALIBRATION_PROMPTS], calibration_sampling, progress=start("Calibrating"))
+    with hessians_observed(pipeline.unet) as hessian:
+        calibration = calibrate(pipeline, CALIBRATION[:CALIBRATION_PROMPTS], calibration_sampling, progress=start("Calibrating"))
     candidates["w8a8-static"] = quantized("w8a8-static", calibration)
+    candidates["w4a8-mixed"] = quantized("w4a8-mixed", None, Rounding(RoundingMethod.GPTQ, hessian))
     reference = record_reference(pipeline, SHOWN[:prompt_count], sampling, progress=start("fp16: sampling"))
     formats = [_reference_result(pipeline.unet, reference)]
     for mode, (unet, file) in candidates.items():
@@ -113,7 +122,7 @@ def draw_demo_sheet(result: DemoResult) -> Image.Image:
         for index, prompt in enumerate(result.reference.prompts)
     ]
     sampling = result.reference.sampling
-    subtitle = f"A small, really trained SDXL: same prompts, same seeds, {sampling.steps} steps. Linears and convolutions run in int8."
+    subtitle = f"A small, really trained SDXL: same prompts, same seeds, {sampling.steps} steps. Linears and convolutions multiply in int8."
     footer = (
         "SQNR: signal-to-quantization-noise ratio of the UNet's output on fp16's own trajectory, mean over steps.",
         "PSNR: of the picture against fp16's. Figures of this small model rank formats; they do not predict full-size SDXL's.",

@@ -1,4 +1,4 @@
-"""What ComfyUI asks the pack for: the list of nodes, the folder that calibrations are kept in, the browser's route."""
+"""What ComfyUI asks the pack for: the list of nodes, the folders of what we keep, the browser's route."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import os
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
-from . import calibrate, compare, load, plan, quantize, save, system_check
+from . import calibrate, compare, load, plan, quantize, save, scale_lora, system_check, tune
 from .calibrate import CALIBRATION_FOLDER
 from .routes import add_routes
+from .scale_lora import CORRECTIONS_FOLDER, SCALE_LORA_FOLDER
 
-FAMILIES = (quantize, calibrate, plan, save, load, compare, system_check)
+FAMILIES = (quantize, calibrate, plan, save, load, scale_lora, tune, compare, system_check)
 
 
 class StepQuantExtension(ComfyExtension):
     async def on_load(self) -> None:
-        default = os.path.join(folder_paths.models_dir, CALIBRATION_FOLDER)
-        folder_paths.add_model_folder_path(CALIBRATION_FOLDER, default, is_default=True)
+        for folder in (CALIBRATION_FOLDER, SCALE_LORA_FOLDER, CORRECTIONS_FOLDER):
+            folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder), is_default=True)
         add_routes()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -21,7 +21,7 @@ from .preview import show
 from .report import model_report, with_report
 
 CATEGORY = "StepQuant"
-TOKEN, STATIC, INT4 = PRESETS
+TOKEN, STATIC = PRESETS[:2]
 CalibrationType = io.Custom("STEPQUANT_CALIBRATION")
 RecipeType = io.Custom("STEPQUANT_RECIPE")
 DEFAULT_CHANNEL_GROUPS = 8
@@ -38,8 +38,8 @@ def channel_group_inputs(default: int, tooltip: str) -> list[io.Input]:
             default=str(DEFAULT_GRANULARITY),
             optional=True,
             advanced=True,
-            tooltip="Channels that a channel group is made of, or a multiple. Fine groups are closer; below 32 no fast kernel takes them. "
-            "Usually 64.",
+            tooltip="Smallest size of a channel group, in channels. Groups of twice as many, at most 128, are taken unless these measure "
+            "2 dB better: they cost far less time. Below 32 no fast kernel takes them. Usually 64.",
         ),
     ]
 
@@ -64,7 +64,9 @@ class StepQuantQuantize(io.ComfyNode):
                     tooltip="How activations are scaled. w8a8-token (usual) measures every input while sampling and needs no calibration. "
                     "w8a8-static uses scales measured before, one set per group of timesteps, and needs a calibration. "
                     "w8a8-measured tries both and channel groups on the calibration, in minutes, and gives each layer the best. "
-                    "w4a8-token is w8a8-token with 4-bit weights where layers can have them: for 4 GB cards, pictures differ more.",
+                    "w4a8-token is w8a8-token with 4-bit weights where layers can have them: for 4 GB cards, pictures differ more. "
+                    "w4a8-mixed keeps 8 bits where 4 cost most: closer, 1 % larger. "
+                    "w8a8-fp8 is w8a8-token with the layers after GEGLU in fp8, for datacentre cards from Hopper on (H100).",
                 ),
                 io.Int.Input(
                     "timestep_groups",
@@ -78,7 +80,7 @@ class StepQuantQuantize(io.ComfyNode):
                 CalibrationType.Input(
                     "calibration",
                     optional=True,
-                    tooltip="From Calibrate or Load calibration. Only w8a8-token works without, which is the usual case.",
+                    tooltip="From Calibrate or Load calibration. Only w8a8-static and w8a8-measured need it; usually not connected.",
                 ),
                 # Last and optional: workflows saved before it existed stay valid.
                 io.Combo.Input(
@@ -129,7 +131,7 @@ class StepQuantQuantize(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..hosts.comfy.quantize import quantize_model
 
-        if calibration is None and (preset not in (TOKEN, INT4) if recipe is None else recipe.needs_calibration):
+        if calibration is None and (preset in (STATIC, MEASURED) if recipe is None else recipe.needs_calibration):
             raise CalibrationError(
                 f"{f'preset {preset}' if recipe is None else 'the plan'}: no calibration is connected; it needs one for its scales. "
                 "Connect Calibrate (StepQuant), or choose w8a8-token."
@@ -164,8 +166,11 @@ def _recipe(model, preset: str, calibration, timestep_groups: int, channel_group
 
 def _summary(source, quantized, recipe) -> str:
     before, after = source.model_size(), quantized.model_size()
+    in_fp8, in_int4 = (sum(getattr(scheme, kind) for scheme in recipe.schemes.values()) for kind in ("is_fp8", "is_int4"))
     lines = [
-        f"{recipe.preset}: {len(recipe.schemes)} layers in int8",
+        f"{recipe.preset}: {len(recipe.schemes)} layers in int8"
+        + (f", {in_fp8} of them in fp8 instead" if in_fp8 else "")
+        + (f", {in_int4} of them with 4-bit weights" if in_int4 else ""),
         f"UNet {before / 2**20:.0f} MiB -> {after / 2**20:.0f} MiB ({100 * after / before:.0f} %)",
         f"kept in 16 bit: {', '.join(NEVER_QUANTIZED)}",
     ]

@@ -59,6 +59,8 @@ def write_report(found: Mapping, device: str, choice, models: Sequence[str] = ()
     lines = [f"{names.get(device, device)}: {MEANING.get(choice.backend.value, choice.backend.value)}."]
     if choice.remedy:
         lines += [f"Why: {choice.reason}.", f"What to do: {choice.remedy}"]
+    if any(one["device"] == device and one["fastest"] == "fp8" for one in found["devices"]):
+        lines.append("The faster 8-bit preset on this kind of GPU is w8a8-fp8.")
     lines += [f"Model {number}: {sentence}." for number, sentence in enumerate(models, 1)]
     lines += [
         "",

@@ -38,7 +38,7 @@ def demo_out(tmp_path_factory):
 
 def test_demo_reports_every_format_with_its_figures(demo_out):
     out, report = demo_out
-    assert [entry["mode"] for entry in report["formats"]] == ["fp16", "w8a8-token", "w8a8-static"]
+    assert [entry["mode"] for entry in report["formats"]] == ["fp16", "w8a8-token", "w8a8-static", "w4a8-mixed"]
     reference, *quantized = report["formats"]
     assert reference["sqnr_db"] is None and reference["integer_mac_share"] is None
     for entry in quantized:
@@ -165,7 +165,7 @@ def test_quantize_says_so_when_a_recipe_needs_a_calibration_or_is_none(probed_ca
 
 def test_calibrate_refuses_an_unknown_mode(tmp_path):
     result = run("calibrate", "demo", tmp_path / "c.safetensors", "--mode", "some")
-    assert result.exit_code == 1 and "Choose one of full, srm, noisiest" in result.stderr
+    assert result.exit_code == 1 and "Choose one of full, srm, progressive, noisiest" in result.stderr
 
 
 def test_calibrate_refuses_an_empty_list_of_prompts(tmp_path):

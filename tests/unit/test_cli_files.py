@@ -19,6 +19,7 @@ from stepquant.quant.layers import UNET_PREFIX, find_layers
 from stepquant.quant.observer import LayerStatistics
 from stepquant.quant.recipe import Recipe
 from stepquant.quant.scheme import ActivationMode, Scheme
+from stepquant.quant.weight import dequantize_weight
 
 CONV, LINEAR = "input_blocks.1.0.in_layers.2", "middle_block.1.proj_in"
 
@@ -288,3 +289,18 @@ def test_export_writes_a_file_for_stock_comfyui(checkpoint, tmp_path):
     assert "first_stage_model.decoder.conv_in.weight" in tensors
     assert_one_sentence(run("export", quantized, out), "exists already", "--overwrite")
     assert_one_sentence(run("export", checkpoint, tmp_path / "no.safetensors"), "not a StepQuant model")
+
+
+def test_quantize_folds_the_mean_of_what_rounding_changes_into_biases(checkpoint, tmp_path):
+    rows = torch.rand(64, 8, generator=torch.Generator().manual_seed(3)) + 1
+    calibration = write_calibration(tmp_path / "c.safetensors", rows=rows)
+    plain, corrected = tmp_path / "plain.safetensors", tmp_path / "corrected.safetensors"
+    assert run("quantize", checkpoint, plain).exit_code == 0
+    assert run("quantize", checkpoint, corrected, "--bias-correction", "--calibration", calibration).exit_code == 0
+    before, after = (read_model(path).layers[CONV] for path in (plain, corrected))
+    error = tiny_unet()[f"{CONV}.weight"].float() - dequantize_weight(before.qweight, before.weight_scale, torch.float32)
+    expected = before.bias.float() + error.sum((2, 3)) @ rows.half().float().mean(0)
+    assert torch.equal(before.qweight, after.qweight) and not torch.equal(before.bias, after.bias)
+    assert torch.allclose(after.bias.float(), expected, atol=2e-3)
+    result = run("quantize", checkpoint, tmp_path / "none.safetensors", "--bias-correction")
+    assert result.exit_code == 1 and "Calibrate first" in result.output

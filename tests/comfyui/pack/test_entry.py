@@ -16,6 +16,9 @@ IDS = {
     "StepQuantSave",
     "StepQuantExportNative",
     "StepQuantLoad",
+    "StepQuantLoadScaleLora",
+    "StepQuantCorrections",
+    "StepQuantTune",
     "StepQuantCompare",
     "StepQuantSystemCheck",
 }
