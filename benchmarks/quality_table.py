@@ -17,9 +17,10 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 Record = Mapping[str, object]
 HEAD = (
-    "| mode | SQNR, dB | worst step, dB | latents, dB | PSNR, dB | adherence, points (95 %) | integer | UNet, MB | channel groups: layers |"
+    "| mode | SQNR, dB | worst step, dB | latents, dB | PSNR, dB | adherence, points (95 %) | integer | UNet, MB "
+    "| channel groups: layers | run |"
 )
-RULE = "|---|---|---|---|---|---|---|---|---|"
+RULE = "|---|---|---|---|---|---|---|---|---|---|"
 MODELS = ("stepquant-demo-xs", "stepquant-demo-xs-hard")
 TITLES = {MODELS[0]: "Demo model", MODELS[1]: "Hard variant: the same function, activations as hard as SDXL-Turbo's"}
 WORST_CHANGE_DB = -2.0
@@ -47,13 +48,12 @@ def render(records: Sequence[Record]) -> str:
 
 
 def _introduction(records: Sequence[Record]) -> list[str]:
-    last = records[-1]
-    settings = last["settings"]
+    settings = records[-1]["settings"]
     return [
         "SQNR is that of the UNet's output on fp16's own trajectory: energies summed over prompts per step, mean of dB over steps.",
-        f"{settings['prompts']} prompts, {settings['steps']} steps, guidance {settings['guidance']}; static scales from "
-        f"{settings['calibration_prompts']} other prompts. {last.get('gpu') or 'CPU'}, torch {last['torch']}, {last['dtype']}, "
-        f"commit {last['commit']}.",
+        f"{settings['steps']} steps, guidance {settings['guidance']}; static scales from {settings['calibration_prompts']} other prompts. "
+        "Every row is the last run of its mode.",
+        "Its prompts, device and commit are in the last column; other prompts alone can change a row by 1 dB.",
         "",
         "Rows are plain min-max (one symmetric scale per tensor, weights too, for all timesteps), each method added to it alone,",
         "then all of them. `comfy-int8` and `comfy-fp8`: Linears alone, as ComfyUI does them; convolutions stay 16 bit. ~ marks rows",
@@ -70,7 +70,7 @@ def _line(record: Record) -> str:
     mode = f"{record['mode']}{' ~' if record.get('simulated_layers') else ''}"
     share = record["integer_mac_share"]
     cells = [mode, *(_number(record[key]) for key in ("sqnr_db", "sqnr_worst_db", "latent_sqnr_db", "psnr_db")), _adherence(record)]
-    cells += ["" if share is None else f"{100 * share:.1f} %", f"{record['size_bytes'] / 1e6:.1f}", _channel_groups(record)]
+    cells += ["" if share is None else f"{100 * share:.1f} %", f"{record['size_bytes'] / 1e6:.1f}", _channel_groups(record), _run(record)]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -86,6 +86,12 @@ def _channel_groups(record: Record) -> str:
     """Layers by effective number of groups and channels per block."""
     counts = Counter(tuple(found) for found in record.get("channel_groups", {}).values())
     return ", ".join(f"{layers} in {groups} of {size}" for (groups, size), layers in sorted(counts.items()))
+
+
+def _run(record: Record) -> str:
+    """Rows of different runs stand in one table."""
+    gpu = (record.get("gpu") or "CPU").removeprefix("NVIDIA ").split(" ")[0]
+    return f"{record['settings']['prompts']} prompts, {gpu}, {record['commit'][:7]}"
 
 
 def _number(value: float | None) -> str:
