@@ -187,19 +187,18 @@ class SimulatedLayer(nn.Module):
 
     def _quantized(self, x: Tensor) -> Tensor:
         if self.act_scale is None:
-            per_image = _is_spatial(self.weight) and self.scheme.activation is not ActivationMode.PIXEL
             if _is_spatial(self.weight) and not self.scheme.symmetric:
-                return above_low(x, x.amax((1, 2, 3) if per_image else 1, keepdim=True), self.bits)
-            scale = _dynamic_absmax(x, per_image).clamp_min(SMALLEST_SCALE) / (2 ** (self.bits - 1) - 1)
+                return above_low(x, x.amax((1, 2, 3)), self.bits)
+            scale = _dynamic_absmax(x, self.weight).clamp_min(SMALLEST_SCALE) / (2 ** (self.bits - 1) - 1)
             return quantized_values(x, scale, 0, True, self.bits)
         shape = (-1, *[1] * (x.ndim - 1))
         zero_point = 0 if self.act_zero_point is None else self.act_zero_point[self.tap.bucket].view(shape)
         return quantized_values(x, self.act_scale[self.tap.bucket].view(shape), zero_point, self.act_zero_point is None, self.bits)
 
 
-def _dynamic_absmax(x: Tensor, per_image: bool) -> Tensor:
-    """Else per row (pixel or token)."""
-    return x.abs().amax((1, 2, 3), keepdim=True) if per_image else x.abs().amax(1 if x.ndim == 4 else -1, keepdim=True)
+def _dynamic_absmax(x: Tensor, weight: Tensor) -> Tensor:
+    """Per image of a 3x3 convolution, else per row (pixel or token)."""
+    return x.abs().amax((1, 2, 3), keepdim=True) if _is_spatial(weight) else x.abs().amax(1 if x.ndim == 4 else -1, keepdim=True)
 
 
 def build_unet(

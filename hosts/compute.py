@@ -73,7 +73,7 @@ class LayerTensors:
 
     @cached_property
     def dynamic_low(self) -> float | None:
-        """The fixed low end of a dynamic scale per image or pixel; None if that is symmetric."""
+        """The fixed low end of a dynamic scale per image; None if that is symmetric."""
         asymmetric = not self.scheme.symmetric and self.groups is None and self.weight_sums is not None
         return dynamic_low(self.name) if asymmetric else None
 
@@ -141,9 +141,6 @@ def conv2d(x: Tensor, layer: LayerTensors, bucket: Tensor, stride: int, padding:
         activation = dispatch.quantize_channel_group(x, layer.groups, _static_scale(layer, bucket, x.shape[0]))
         operands = (activation, layer.groups, layer.qweight, layer.weight_scale, layer.weight_sums, layer.bias)
         y = dispatch.channel_group_conv2d(*operands, stride, padding, out_dtype=x.dtype)
-    elif layer.scheme.activation is ActivationMode.PIXEL and padding == 1:
-        operands = (layer.qweight, layer.weight_scale, layer.weight_sums, layer.bias)
-        y = dispatch.int8_pixel_conv2d(dispatch.quantize_pixel(x, layer.dynamic_low), *operands, stride, out_dtype=x.dtype)
     else:
         activation = (
             dispatch.quantize_static(x, layer.act_scale, layer.act_zero_point, bucket, layer.clipped)

@@ -64,7 +64,6 @@ __all__ = [
     "int8_geglu_gemm",
     "int8_gemm",
     "int8_gemm_many",
-    "int8_pixel_conv2d",
     "int8_upsample_conv2d",
     "layer_norm_quantize",
     "log2_attention",
@@ -73,7 +72,6 @@ __all__ = [
     "quantize_channel_group",
     "quantize_image",
     "quantize_joined",
-    "quantize_pixel",
     "quantize_static",
     "quantize_token",
     "shifted_codes",
@@ -106,11 +104,6 @@ def quantize_token(x: Tensor, dtype: torch.dtype = torch.int8) -> QuantizedActiv
 def quantize_image(x: Tensor, low: float | None = None, dtype: torch.dtype = torch.int8) -> QuantizedActivation:
     """One scale per image of x (B, C, H, W), symmetric or of [low, largest], NHWC codes of dtype; see quantize_image_ref."""
     return _implementation("quantize_image", x.device, dtype)(x, low, dtype)
-
-
-def quantize_pixel(x: Tensor, low: float | None = None) -> QuantizedActivation:
-    """One scale per pixel of x (B, C, H, W), symmetric or of [low, largest], NHWC codes; see quantize_pixel_ref."""
-    return _implementation("quantize_pixel", x.device)(x, low)
 
 
 def quantize_static(
@@ -287,20 +280,6 @@ def int8_conv2d(
     implementation = _implementation("int8_conv2d", activation.codes.device)
     extras = {"second": second, "addend": addend, "out_scale": out_scale, "out_zero_point": out_zero_point}
     return implementation(activation, qweight, weight_scale, border_sums, bias, stride, padding, out_dtype, **extras)
-
-
-def int8_pixel_conv2d(
-    activation: QuantizedActivation,
-    qweight: Tensor,
-    weight_scale: Tensor,
-    border_sums: Tensor | None = None,
-    bias: Tensor | None = None,
-    stride: int = 1,
-    out_dtype: torch.dtype = torch.float16,
-) -> Tensor:
-    """3x3 convolution on int8 codes with a scale per pixel -> (B, Cout, Ho, Wo) out_dtype, channels_last; see int8_pixel_conv2d_ref."""
-    implementation = _implementation("int8_pixel_conv2d", activation.codes.device)
-    return implementation(activation, qweight, weight_scale, border_sums, bias, stride, out_dtype)
 
 
 def int8_upsample_conv2d(

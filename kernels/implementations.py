@@ -34,21 +34,18 @@ from .int8_conv2d import int8_conv2d_ref
 from .int8_geglu_gemm import int8_geglu_gemm_ref
 from .int8_gemm import int8_gemm_ref
 from .int8_gemm_many import int8_gemm_many_ref
-from .int8_pixel_conv2d import int8_pixel_conv2d_ref
 from .int8_upsample_conv2d import int8_upsample_conv2d_ref
 from .layer_norm_quantize import layer_norm_quantize_ref
 from .log2_attention import int8_attention_ref, log2_attention_ref
 from .quantize_channel_group import quantize_channel_group_ref
 from .quantize_image import quantize_image_ref
 from .quantize_joined import quantize_joined_ref
-from .quantize_pixel import quantize_pixel_ref
 from .quantize_static import quantize_static_ref
 from .quantize_token import quantize_token_ref
 
 REFERENCE: dict[str, Callable[..., Any]] = {
     "quantize_token": quantize_token_ref,
     "quantize_image": quantize_image_ref,
-    "quantize_pixel": quantize_pixel_ref,
     "quantize_static": quantize_static_ref,
     "quantize_channel_group": quantize_channel_group_ref,
     "quantize_joined": quantize_joined_ref,
@@ -64,7 +61,6 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "int8_gemm_many": int8_gemm_many_ref,
     "int8_geglu_gemm": int8_geglu_gemm_ref,
     "int8_conv2d": int8_conv2d_ref,
-    "int8_pixel_conv2d": int8_pixel_conv2d_ref,
     "int8_upsample_conv2d": int8_upsample_conv2d_ref,
     "channel_group_gemm": channel_group_gemm_ref,
     "channel_group_conv2d": channel_group_conv2d_ref,

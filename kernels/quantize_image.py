@@ -21,12 +21,12 @@ def check_images(x: Tensor, operation: str) -> None:
         raise LayoutError(f"{operation}: x is {x.dtype} {tuple(x.shape)}; a float (B, C, H, W) is needed. Pass the convolution's input.")
 
 
-def check_low(low: float | None, operation: str, dtype: torch.dtype = torch.int8) -> None:
+def check_low(low: float | None, dtype: torch.dtype) -> None:
     """Raise LayoutError unless low is None or a number below 0, and None for codes of floating point."""
     if low is not None and dtype is not torch.int8:
-        raise LayoutError(f"{operation}: low {low} for {dtype} codes, which have no zero point. Pass None, or ask for int8.")
+        raise LayoutError(f"quantize_image: low {low} for {dtype} codes, which have no zero point. Pass None, or ask for int8.")
     if low is not None and not -math.inf < low < 0:
-        raise LayoutError(f"{operation}: low {low}; a finite number below 0 is needed, or None for a symmetric scale.")
+        raise LayoutError(f"quantize_image: low {low}; a finite number below 0 is needed, or None for a symmetric scale.")
 
 
 def range_scale(high: Tensor, low: float) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,7 @@ def quantize_image_ref(x: Tensor, low: float | None = None, dtype: torch.dtype =
     Raises: LayoutError if x is not a float (B, C, H, W), or low is not below 0, or given for fp8 codes.
     """
     check_images(x, "quantize_image")
-    check_low(low, "quantize_image", dtype)
+    check_low(low, dtype)
     x = x.float()
     absmax = x.abs().amax((1, 2, 3))
     if low is None:

@@ -93,6 +93,7 @@ class StepQuantPlan(io.ComfyNode):
                 io.Boolean.Input(
                     "four_bits",
                     default=False,
+                    optional=True,
                     advanced=True,
                     tooltip="Also offers 4-bit weights, for files smaller than int8's: set max_size_mb too, 1540 for a 4 GB card. "
                     "Usually off.",

@@ -64,10 +64,7 @@ def _simulated(
     rows, largest = statistics.rows.float(), 2 ** (bits - 1) - 1
     if scheme.activation is ActivationMode.FP16:
         return rows
-    if scheme.activation is ActivationMode.PIXEL and not scheme.symmetric:
-        return above_low(rows, rows.amax(1), bits)
-    is_conv = is_conv and scheme.activation is not ActivationMode.PIXEL
-    if scheme.activation in (ActivationMode.TOKEN, ActivationMode.PIXEL):
+    if scheme.activation is ActivationMode.TOKEN:
         if is_conv and not scheme.symmetric:
             return above_low(rows, _image_extreme(statistics, statistics.range_max), bits)
         size = rows.abs().amax(1)
@@ -81,10 +78,9 @@ def _simulated(
 
 
 def above_low(x: Tensor, high: Tensor, bits: int, low: float = SILU_LOW) -> Tensor:
-    """x as the codes of a dynamic scale for [low, high] hold it. high: (B,) of x (B, ...), or as many dimensions as x."""
+    """x as the codes of a dynamic scale for [low, high] hold it. high: (B,) of x (B, ...)."""
     levels = 2**bits - 1
-    high = high.clamp_min(0)
-    high = high if high.ndim == x.ndim else high.view(-1, *[1] * (x.ndim - 1))
+    high = high.clamp_min(0).view(-1, *[1] * (x.ndim - 1))
     scale = (high - low) / levels
     zero_point = (-low / scale).round()
     return ((x / scale).round().add_(zero_point).clamp_(0, levels) - zero_point) * scale

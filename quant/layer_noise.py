@@ -30,7 +30,6 @@ from .weight import dequantize_weight, quantize_weight
 FP16 = "fp16"
 WEIGHT_ONLY = "w8a16"
 TOKEN, STATIC, CHANNEL_GROUP = (mode.value for mode in (ActivationMode.TOKEN, ActivationMode.STATIC, ActivationMode.CHANNEL_GROUP))
-PIXEL = ActivationMode.PIXEL.value
 TOKEN_GROUP = "channel_group on token"  # channel groups whose base scale follows the row, or the image
 INT4_TOKEN, INT4_STATIC, INT4_WEIGHT_ONLY = "w4 token", "w4 static", "w4a16"
 
@@ -38,7 +37,6 @@ INT4_TOKEN, INT4_STATIC, INT4_WEIGHT_ONLY = "w4 token", "w4 static", "w4a16"
 # card that has them; a dynamic scale is one more pass over the input, channel groups shift inside the product. 4-bit weights are
 # unpacked in the product: 1.27 times int8's on an H200.
 TIME_PER_MAC = {FP16: 1.0, WEIGHT_ONLY: 1.05, STATIC: 0.5, TOKEN: 0.55, CHANNEL_GROUP: 0.6, TOKEN_GROUP: 0.65}
-TIME_PER_MAC |= {PIXEL: 0.62}
 TIME_PER_MAC |= {INT4_STATIC: 0.64, INT4_TOKEN: 0.69, INT4_WEIGHT_ONLY: 1.3}
 
 
@@ -82,8 +80,6 @@ def candidate_schemes(spec: LayerSpec, channel_groups: int = 1, granularity: int
         takes the coarser one of activation_choice.granularities unless this gains FINER_GAIN_DB. int4: adds 4-bit weights where they fit.
     """
     found: dict[str, Scheme | None] = {TOKEN: token_scheme(spec.name)}
-    if spec.is_conv and spec.shape[-1] > 1:
-        found[PIXEL] = replace(found[TOKEN], activation=ActivationMode.PIXEL)
     groups = min(channel_groups, spec.in_channels // granularity)
     grouped = Scheme(activation=ActivationMode.CHANNEL_GROUP, channel_groups=groups, granularity=granularity)
     if not needs_row_scales(spec.name):

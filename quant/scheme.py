@@ -12,7 +12,6 @@ from .layers import dynamic_low
 class ActivationMode(str, Enum):
     FP16 = "fp16"  # input stays 16 bit, weight is dequantized
     TOKEN = "token"  # dynamic: one scale per row; per image for a 3x3 conv
-    PIXEL = "pixel"  # dynamic, of a 3x3 conv: one scale per pixel, nine integer sums instead of one
     STATIC = "static"  # calibrated: one scale and zero point per timestep group
     CHANNEL_GROUP = "channel_group"  # calibrated: input channels in groups with scales of power-of-two ratios (DGQ)
 

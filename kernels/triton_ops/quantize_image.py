@@ -64,7 +64,7 @@ def _image_scale_kernel(
 def quantize_image(x: Tensor, low: float | None = None, dtype: torch.dtype = torch.int8) -> QuantizedActivation:
     """See quantize_image_ref, whose codes, scales and zero points these are, bit for bit."""
     check_images(x, "quantize_image")
-    check_low(low, "quantize_image", dtype)
+    check_low(low, dtype)
     x, stride_p = pixel_strides(x)
     B, C, H, W = x.shape
     slices = cdiv(H * W, BLOCK_P)

@@ -29,23 +29,12 @@ from stepquant.kernels.triton_ops import (
     conv_kernel,
     gemm_kernel,
     int8_geglu_gemm,
-    int8_pixel_conv2d,
     quantize_image,
-    quantize_pixel,
     quantize_static,
     quantize_token,
 )
 
-MODULES = (
-    gemm_kernel,
-    conv_kernel,
-    int8_geglu_gemm,
-    quantize_token,
-    quantize_static,
-    quantize_image,
-    quantize_pixel,
-    int8_pixel_conv2d,
-)
+MODULES = (gemm_kernel, conv_kernel, int8_geglu_gemm, quantize_token, quantize_static, quantize_image)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 QUANTIZER = "fp16"  # in the place of a product's dtype
 # Shared memory that a program can have, in bytes.

@@ -25,9 +25,7 @@ from stepquant.kernels.triton_ops import (
     int8_conv2d,
     int8_geglu_gemm,
     int8_gemm,
-    int8_pixel_conv2d,
     quantize_image,
-    quantize_pixel,
     quantize_static,
     quantize_token,
 )
@@ -137,13 +135,11 @@ def launches(products: list[SdxlProduct], sm: int, dtype: str = "int8", static: 
 
 
 def quantizer_launches() -> list[Launch]:
-    """The compiled kernels that quantize SDXL's fp16 tensors, and the convolution whose tiles are not tuned."""
+    """The compiled kernels that quantize SDXL's fp16 tensors."""
     kernels = {
         quantize_token: ["_quantize_token_kernel"],
         quantize_static: ["_quantize_static_kernel", "_quantize_flat_kernel"],
         quantize_image: ["_slice_absmax_kernel", "_image_scale_kernel"],
-        quantize_pixel: ["_quantize_pixel_kernel"],
-        int8_pixel_conv2d: ["_pixel_conv2d_kernel"],
     }
     with contextlib.ExitStack() as stack, torch.device("meta"):
         recorders = []
@@ -162,11 +158,6 @@ def quantizer_launches() -> list[Launch]:
             quantize_token.quantize_token(torch.empty(2048, width, dtype=dtype))
         quantize_image.quantize_image(image)
         quantize_image.quantize_image(image, -0.25)
-        sums = torch.empty(16, 640, dtype=torch.int32)
-        for low in (None, -0.25):
-            pixels = quantize_pixel.quantize_pixel(image, low)
-            qweight = torch.empty(640, 3, 3, 320, dtype=torch.int8)
-            int8_pixel_conv2d.int8_pixel_conv2d(pixels, qweight, torch.empty(640), None if low is None else sums)
         bucket = torch.empty(2, dtype=torch.int64)
         for x in (image, image.contiguous()):
             quantize_static.quantize_static(x, torch.empty(64), torch.empty(64, dtype=torch.int32), bucket)

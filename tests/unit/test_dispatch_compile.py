@@ -22,7 +22,7 @@ def test_dispatch_kernels_compile_to_int8_tensor_cores_without_spills(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     reports = json.loads(result.stdout)
-    kinds = {"gemm", "conv2d", "quantize_token", "quantize_static", "slice_absmax", "image_scale"}
+    kinds = {"gemm", "conv2d", "quantize_token", "quantize_static", "quantize_flat", "slice_absmax", "image_scale"}
     assert {(report["sm"], report["kernel"].split()[0]) for report in reports} == {(sm, kind) for sm in (86, 90) for kind in kinds}
     for report in reports:
         assert report["stack"] == report["spills"] == 0, report

@@ -137,14 +137,13 @@ def test_table_says_how_many_channel_groups_of_what_size_there_are():
     assert "2 in 4 of 16" in page and "1 in 2 of 8" in page
 
 
-@pytest.mark.parametrize("mode", ["pixel", "token"])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_simulated_convolution_gives_what_integer_codes_give(mode, symmetric):
+def test_simulated_convolution_gives_what_integer_codes_give(symmetric):
     layers, generator = load("quality_layers"), torch.Generator().manual_seed(0)
     conv = torch.nn.Conv2d(32, 16, 3, padding=1)
     conv.weight.data = torch.randn(16, 32, 3, 3, generator=generator)
     x = torch.nn.functional.silu(torch.randn(2, 32, 6, 5, generator=generator))
-    scheme = Scheme(activation=ActivationMode(mode), symmetric=symmetric)
+    scheme = Scheme(symmetric=symmetric)
     prepared = layers.prepare_layer("middle_block.0.in_layers.2", conv.weight, layers.LayerPlan(scheme), None, 8, layers.GroupingCache())
     simulated = layers.SimulatedLayer("middle_block.0.in_layers.2", prepared, conv, FixedTap(), 8)
     real = layers.build_layer("middle_block.0.in_layers.2", scheme, layers._stored(prepared, conv), conv, FixedTap())
