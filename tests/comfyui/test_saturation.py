@@ -100,7 +100,7 @@ def test_clipped_layer_measures_its_input_from_the_next_step_on(name, accelerati
     result = sample(clone, steps=STEPS)
     assert seen == [set()] + [{name}] * (STEPS - 1)
     (said,) = messages(caplog)
-    assert f"1 layer left the calibrated range and ran on scales measured in each step: {name} from step 2" in said
+    assert "left the calibrated range and ran on scales measured in each step" in said and f"{name} from step 2" in said
     assert not layer.saturation.switched and torch.equal(layer.act_scale, scales)
     assert torch.equal(sample(clone, steps=STEPS), result), "the next run begins with the stored scales"
     x = 20 * torch.randn(2, *((32, 8, 8) if name == CONV else (16, 512)), generator=torch.Generator().manual_seed(0))

@@ -42,7 +42,7 @@ def test_load_tells_the_workflow_what_to_remember(identity, saved):
     assert identity["file"] == NAME and identity["size_bytes"] == saved.stat().st_size
     assert identity["sha256"] == hashlib.sha256(saved.read_bytes()).hexdigest()
     assert identity["preset"] == "w8a8-token" and identity["base_model"]["name"] == "demo.safetensors"
-    assert identity["schemes"] == [{"label": "W8, token, int8", "layers": 257}]
+    assert identity["schemes"] == [{"label": "W8, token, int8", "layers": 223}, {"label": "W8, token with zero point, int8", "layers": 34}]
 
 
 def test_pictures_of_the_first_run_carry_it(graphs, saved, identity):
