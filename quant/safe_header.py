@@ -44,6 +44,11 @@ def open_tensors(path: str | Path, key: str, newest: int, kind: str) -> Iterator
         raise FormatError(f"{path}: the file is damaged or incomplete ({error}). Download or make it again.") from None
 
 
+def damaged(path: str | Path, found: str) -> FormatError:
+    """What to raise for a file whose contents are not what its kind has. found: what is wrong, in a few words."""
+    return FormatError(f"{path}: the file is damaged ({found}). Download or make it again.")
+
+
 def check_header_length(path: str | Path) -> None:
     """Raise FormatError if the file claims a header that no model needs; reads 8 bytes."""
     with Path(path).open("rb") as file:

@@ -4,16 +4,13 @@ A 1280-wide row takes 11 sm_90 instructions per value in quantize_token and 18 i
 encoding.py's functions, whose formulas these are, it took 32 and 30.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 
-from .rounding import ROUND_MAGIC, magnitude, nearest_fp8, round_half_even
+from .rounding import INTERPRETED, ROUND_MAGIC, magnitude, nearest_fp8, round_half_even
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-HAS_PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None)
+HAS_PTX = tl.constexpr(not INTERPRETED.value and torch.version.hip is None)
 # Four fp32 to four int8 in one register, saturating, NaN to 0: two instructions (F2IP) from sm_80 on.
 PACK_ASM = tl.constexpr(
     "{.reg .b32 a, b, c, d; cvt.rni.s32.f32 a, $1; cvt.rni.s32.f32 b, $2; cvt.rni.s32.f32 c, $3; cvt.rni.s32.f32 d, $4; "

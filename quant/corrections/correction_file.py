@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ...errors import FormatError
 from ..atomic_file import save_tensors
-from ..safe_header import open_tensors, printable
+from ..safe_header import damaged, open_tensors, printable
 from ..timestep import NUM_BUCKETS
 from .output import CHANNELS, OutputCorrection
 
@@ -83,9 +82,9 @@ def load_corrections(path: str | Path) -> Corrections:
     with open_tensors(path, HEADER_KEY, FORMAT_VERSION, KIND) as (header, file):
         masks, verdicts = header.get("masks"), header.get("verdicts")
         if not isinstance(masks, dict) or not isinstance(verdicts, dict) or set(verdicts) != set(masks) or not set(masks) <= set(METHODS):
-            raise _damaged(path, "its list of methods")
+            raise damaged(path, "its list of methods")
         if set(file.keys()) != {f"{name}.{part}" for name in masks for part in _TABLES}:
-            raise _damaged(path, "its tables are not those of its methods")
+            raise damaged(path, "its tables are not those of its methods")
         tables = {name: _table(file, name, mask, path) for name, mask in masks.items()}
     base, summary = (value if isinstance(value := header.get(key), dict) else {} for key in ("base_model", "summary"))
     return Corrections(tables, {name: _verdict(verdict, path) for name, verdict in verdicts.items()}, base, summary)
@@ -95,7 +94,7 @@ def _table(file, name: str, mask: object, path: str | Path) -> OutputCorrection:
     parts = [file.get_tensor(f"{name}.{part}") for part in _TABLES]
     fits = all(part.shape == (NUM_BUCKETS, CHANNELS) and part.dtype is torch.float32 and bool(part.isfinite().all()) for part in parts)
     if not fits or type(mask) not in (int, float) or not 0 <= mask < 100:
-        raise _damaged(path, f"the tables of {printable(name)}")
+        raise damaged(path, f"the tables of {printable(name)}")
     return OutputCorrection(*parts, float(mask))
 
 
@@ -106,9 +105,5 @@ def _verdict(data: object, path: str | Path) -> Verdict:
         or set(data) != fields
         or not all(type(value) in (int, float) and math.isfinite(value) for value in data.values())
     ):
-        raise _damaged(path, "a verdict")
+        raise damaged(path, "a verdict")
     return Verdict(**data)
-
-
-def _damaged(path: str | Path, found: str) -> FormatError:
-    return FormatError(f"{path}: the file is damaged ({found}). Download or make it again.")

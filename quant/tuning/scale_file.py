@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import FormatError
 from ..atomic_file import save_tensors
-from ..safe_header import LARGEST_HEADER_BYTES, open_tensors, printable
+from ..safe_header import LARGEST_HEADER_BYTES, damaged, open_tensors, printable
 from .scale_set import EXPERTS, LARGEST_LOG_FACTOR, ScaleSet, is_prompt_layer
 
 HEADER_KEY = "stepquant_scale_lora"
@@ -61,16 +61,16 @@ def load_scale_set(path: str | Path) -> ScaleSet:
     with open_tensors(path, HEADER_KEY, FORMAT_VERSION, KIND) as (header, file):
         experts, layers = header.get("experts"), header.get("layers")
         if experts not in EXPERTS or type(layers) is not int:
-            raise _damaged(path, f"{printable(str(experts))} experts")
+            raise damaged(path, f"{printable(str(experts))} experts")
         if set(file.keys()) != {"out", "into", "step", "names"}:
-            raise _damaged(path, "its tensors are not those of a scale LoRA")
+            raise damaged(path, "its tensors are not those of a scale LoRA")
         tensors = {key: file.get_tensor(key) for key in ("out", "into", "step", "names")}
     names = _names(tensors["names"], path)
     if any(tensors[key].dtype is not torch.int8 for key in ("out", "into")) or tensors["step"].shape != (len(names),):
-        raise _damaged(path, "codes or steps of another kind")
+        raise damaged(path, "codes or steps of another kind")
     steps = tensors["step"].float()
     if not 0 <= layers <= len(names) or not bool(((steps >= 0) & (steps <= LARGEST_LOG_FACTOR / LARGEST_CODE * 1.001)).all()):
-        raise _damaged(path, "a step out of its range")
+        raise damaged(path, "a step out of its range")
     out = _tables(tensors["out"], names[:layers], steps[:layers], experts, path)
     into = _tables(tensors["into"], names[layers:], steps[layers:], experts, path)
     return ScaleSet(experts, out, into, _table(header.get("base_model")), _table(header.get("summary")))
@@ -83,9 +83,9 @@ def _names(packed: Tensor, path: str | Path) -> list[tuple[str, int]]:
         names = json.loads(text)
         checked = [(name, width) for name, width in names if isinstance(name, str) and type(width) is int and width > 0]
     except (zlib.error, ValueError, TypeError, RecursionError):
-        raise _damaged(path, "the list of layers cannot be read") from None
+        raise damaged(path, "the list of layers cannot be read") from None
     if len(checked) != len(names) or len(dict(checked)) != len(names):
-        raise _damaged(path, "the list of layers is no list of names and widths")
+        raise damaged(path, "the list of layers is no list of names and widths")
     return checked
 
 
@@ -93,13 +93,9 @@ def _tables(codes: Tensor, names: list[tuple[str, int]], steps: Tensor, experts:
     shapes = [(1 if is_prompt_layer(name) else experts, width) for name, width in names]
     sizes = [rows * width for rows, width in shapes]
     if codes.ndim != 1 or codes.numel() != sum(sizes):
-        raise _damaged(path, f"{codes.numel()} codes where {sum(sizes)} are listed")
+        raise damaged(path, f"{codes.numel()} codes where {sum(sizes)} are listed")
     parts = codes.split(sizes)
     return {name: part.view(shape).float() * step for (name, _), part, shape, step in zip(names, parts, shapes, steps, strict=True)}
-
-
-def _damaged(path: str | Path, found: str) -> FormatError:
-    return FormatError(f"{path}: the file is damaged ({found}). Download or make it again.")
 
 
 def _table(value: object) -> dict[str, object]:

@@ -10,6 +10,7 @@ from stepquant.errors import LayoutError
 from stepquant.kernels import dispatch
 from stepquant.kernels.group_norm_silu_quantize import SILU_DIP_DEPTH
 from stepquant.kernels.quantize_image import quantize_image_ref
+from stepquant.quant.layers import SILU_LOW
 
 LOW = -SILU_DIP_DEPTH
 SHAPES = [(1, 64, 8, 8), (2, 20, 5, 7), (3, 130, 1, 4), (2, 33, 9, 1), (1, 320, 16, 16)]
@@ -37,6 +38,11 @@ def assert_same(actual, expected) -> None:
     assert torch.equal(actual.scale.cpu().nan_to_num(-1.0), expected.scale.nan_to_num(-1.0))
     assert actual.codes.is_contiguous()
     assert actual.rows_per_scale == expected.rows_per_scale
+
+
+def test_layers_and_kernels_mean_the_same_lowest_value():
+    """Neither package may import the other; fused blocks take the kernels' value, single layers the other."""
+    assert SILU_LOW == -SILU_DIP_DEPTH
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
