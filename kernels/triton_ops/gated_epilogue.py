@@ -8,6 +8,7 @@ from .clipping import add_clipped, beyond_codes, count
 from .encoding import encode, reciprocal, static_entry
 from .epilogue import halves, in_parts
 from .gemm_kernel import scaled_sums
+from .rounding import ROUND_MAGIC
 
 
 @triton.jit
@@ -34,6 +35,20 @@ def _gated(
         values, scale_ptr, zero_point_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, bias_end, rows, rows_per_scale, columns,
         inside_m, inside_n,
     )  # fmt: skip
+
+
+@triton.jit
+def _int8_codes(y, inverse, zero_points, HAS_ZERO_POINT: tl.constexpr):
+    """encoding.encode's int8 codes, and where they were clamped, as clipping.beyond_codes says but for ties, in fewer instructions.
+
+    The zero point is part of the number that is added to round: one multiply-add, and what is clamped is compared with constants.
+    """
+    zero = ROUND_MAGIC + zero_points.to(tl.float32)
+    rounded = y * inverse + zero
+    rounded = tl.where(rounded == rounded, rounded, zero)
+    lowest: tl.constexpr = ROUND_MAGIC - 128.0 if HAS_ZERO_POINT else ROUND_MAGIC - 127.0
+    clamped = tl.minimum(tl.maximum(rounded, lowest), ROUND_MAGIC + 127.0)
+    return clamped.to(tl.int32, bitcast=True).to(tl.int8), clamped != rounded
 
 
 @triton.jit
@@ -65,7 +80,8 @@ def store_gated(
         out_scale, out_zero_point = static_entry(
             table_ptr, zero_table_ptr, bucket_ptr, out_scale_ptr, out_zero_point_ptr, entry, inside_m, first, HAS_ZERO_POINT
         )
-        inverse = reciprocal(out_scale)[:, None]
+        # 0 for rows outside: what they hold is clamped nowhere, and so not counted. Columns outside have weight_scale 0.
+        inverse = tl.where(inside_m, reciprocal(out_scale), 0.0)[:, None]
         zero_points = out_zero_point[:, None]
     if clipped_ptr is not None:
         beyond = tl.zeros((BLOCK_M, WIDTH), tl.int32)  # by place in a part: one reduction, after the last
@@ -76,10 +92,14 @@ def store_gated(
             rows, rows_per_scale, part_n + local_n, N, inside_m, local_n < N - part_n,
         )  # fmt: skip
         inside = inside_m[:, None] & (local_n < N - part_n)[None, :]
-        if clipped_ptr is not None:
-            beyond += (inside & beyond_codes(y, inverse, zero_points, HAS_ZERO_POINT)).to(tl.int32)
         if table_ptr is not None:
-            y = encode(y, inverse, zero_points, HAS_ZERO_POINT, y_ptr.dtype.element_ty)
+            if y_ptr.dtype.element_ty == tl.int8:
+                y, is_beyond = _int8_codes(y, inverse, zero_points, HAS_ZERO_POINT)
+            else:
+                is_beyond = beyond_codes(y, inverse, zero_points, HAS_ZERO_POINT)
+                y = encode(y, inverse, zero_points, HAS_ZERO_POINT, y_ptr.dtype.element_ty)
+            if clipped_ptr is not None:
+                beyond += is_beyond.to(tl.int32)
         tl.store(y_ptr + (first_m * N + part_n) + local_m[:, None] * N + local_n[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
     if clipped_ptr is not None:
         add_clipped(clipped_ptr, count(beyond), M, tile_m + tile_n == 0)

@@ -102,8 +102,9 @@ def test_int8_geglu_gemm_counts_what_it_clipped(static, device, generator):
     codes = torch.randint(-127, 128, (66, 48), generator=generator, dtype=torch.int8)
     qweight = torch.randint(-127, 128, (80, 48), generator=generator, dtype=torch.int8)
     activation = QuantizedActivation(codes.to(device), torch.tensor([1e-2], device=device), None, 66)
-    dispatch.int8_geglu_gemm(activation, qweight.to(device), torch.full((80,), 2e-3, device=device), static=static)
-    value, gate = (codes.double() @ qweight.double().t() * 2e-5).view(2, 33, 80).chunk(2, -1)
+    bias = torch.full((80,), 20.0)  # beyond the codes by itself, and so in the rows of a tile that are not there
+    dispatch.int8_geglu_gemm(activation, qweight.to(device), torch.full((80,), 2e-3, device=device), None, bias.to(device), static=static)
+    value, gate = (codes.double() @ qweight.double().t() * 2e-5 + bias.double()).view(2, 33, 80).chunk(2, -1)
     assert_counted(static, value * F.gelu(gate), 66, tolerance=1)
 
 
