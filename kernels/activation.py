@@ -10,6 +10,9 @@ from torch import Tensor
 from ..errors import LayoutError
 
 FP8 = torch.float8_e4m3fn
+# Asks a producer for 16-bit codes in two int8 planes, a WideActivation. No tensor of codes has this dtype.
+WIDE = torch.int16
+PLANE_RATIO = 256  # of the high plane's scale to the low one's
 LARGEST_CODE = {torch.int8: 127, FP8: 448}  # of symmetric codes
 CODE_DTYPES = tuple(LARGEST_CODE)
 
@@ -55,6 +58,11 @@ class QuantizedActivation:
         """(S,) -> (M,): the entry of every row."""
         return entries if self.rows_per_scale == 1 else entries.repeat_interleave(self.rows_per_scale)
 
+    def part(self, first: int, last: int) -> QuantizedActivation:
+        """Rows from first to last - 1 of codes (M, K) with a scale per row; no copy."""
+        zero_point = None if self.zero_point is None else self.zero_point[first:last]
+        return QuantizedActivation(self.codes[first:last], self.scale[first:last], zero_point, 1)
+
     def as_rows(self) -> QuantizedActivation:
         """The same activation with codes (M, K): NHWC pixels as rows, as a 1x1 convolution's GEMM takes them."""
         if self.codes.ndim == 2:
@@ -68,3 +76,38 @@ class QuantizedActivation:
             x = x - self.zero_point.view(-1, 1, 1)
         x = x * self.scale.view(-1, 1, 1)
         return x.view(self.codes.shape).to(dtype)
+
+
+@dataclass(frozen=True)
+class WideActivation:
+    """x ≈ high.codes * high.scale + low.codes * low.scale: symmetric 16-bit codes in two int8 planes, high.scale = 256 * low.scale.
+
+    A product with int8 weights is two integer products, the planes' own, whose scaled sums are added: its input is as exact as fp16.
+    Both planes have the same shape and rows_per_scale, and no zero point.
+    """
+
+    high: QuantizedActivation
+    low: QuantizedActivation
+
+    @classmethod
+    def split(cls, codes: Tensor, scale: Tensor, rows_per_scale: int) -> WideActivation:
+        """codes: whole numbers in [-32512, 32512], any integer dtype, (M, K) or (B, H, W, C); scale: fp32 (S,), units of x per code."""
+        codes = codes.int()
+        high = (codes + PLANE_RATIO // 2) >> 8  # the nearest multiple, so that what is left is in [-128, 127]
+        low = codes - PLANE_RATIO * high
+        planes = ((high, PLANE_RATIO * scale), (low, scale))
+        return cls(*(QuantizedActivation(plane.to(torch.int8), its_scale, None, rows_per_scale) for plane, its_scale in planes))
+
+    @property
+    def operands(self) -> tuple:
+        """See repeat.py."""
+        return self.high, self.low
+
+    @property
+    def codes(self) -> Tensor:
+        """The high plane: has the shape and device of both."""
+        return self.high.codes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """x as the codes hold it, in the shape of the codes, computed in fp32."""
+        return (self.high.dequantize() + self.low.dequantize()).to(dtype)

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import LayoutError
-from .activation import QuantizedActivation
+from .activation import WIDE, QuantizedActivation, WideActivation
 from .layer_norm_quantize import MAX_ROW
 from .quantize_image import check_images, encode_images, range_scale
 from .quantize_static import quantize_static_ref
 from .quantize_token import dynamic_scale, quantize_token_ref
+from .quantize_wide import encode_wide_images
 from .static_scale import StaticScale, check_static_codes
 
 OPERATION = "group_norm_silu_quantize"
@@ -43,7 +44,9 @@ def check_group_norm(
     dtype: torch.dtype = torch.int8,
 ) -> None:
     """Raise LayoutError unless the segments are images of one size and everything fits their channels."""
-    check_static_codes(OPERATION, static, dtype)
+    check_static_codes(OPERATION, static, dtype, writes_wide=True)
+    if dtype is WIDE and (dynamic is DynamicScale.TOKEN or not joined):
+        raise LayoutError(f"{OPERATION}: 16-bit codes per pixel or of separate segments. Use one scale per image and joined segments.")
     if dynamic is DynamicScale.SILU_IMAGE and dtype is not torch.int8:
         raise LayoutError(f"{OPERATION}: a zero point for {dtype} codes, which are symmetric. Use a symmetric scale per image.")
     if len(segments) not in (1, 2):
@@ -102,7 +105,7 @@ def group_norm_silu_quantize_ref(
     dynamic: DynamicScale = DynamicScale.IMAGE,
     joined: bool = True,
     dtype: torch.dtype = torch.int8,
-) -> list[QuantizedActivation]:
+) -> list[QuantizedActivation] | list[WideActivation]:
     """Normalise the channels of all segments in 32 groups, apply SiLU, quantize.
 
     y = (x - mean(group)) / sqrt(var(group) + eps) * weight[c] + bias[c], var with the group's size as divisor, all fp32;
@@ -116,7 +119,8 @@ def group_norm_silu_quantize_ref(
         weight, bias: (C,) any float dtype, C the sum of C_i, a multiple of 32. eps: > 0.
         static: one entry per output, its samples divide B. Empty: `dynamic` says what shares a scale.
         joined: one output over all channels; else one per segment, each with its own scale.
-        dtype: of the codes, int8 or, symmetric and dynamic only, float8_e4m3fn with 448 for 127.
+        dtype: of the codes, int8 or, symmetric and dynamic only, float8_e4m3fn with 448 for 127; activation.WIDE,
+            joined and with DynamicScale.IMAGE only, for quantize_wide's two planes.
     Returns: per output, codes (B, H, W, channels) contiguous.
     Raises: LayoutError if the shapes do not fit.
     """
@@ -138,5 +142,8 @@ def group_norm_silu_quantize_ref(
     if dynamic is DynamicScale.SILU_IMAGE:
         parts = zip(z.split(channels, 1), activated_max(lowest, highest).split(channels, 1), strict=True)
         return [encode_images(part, *range_scale(high.amax(1), -SILU_DIP_DEPTH)) for part, high in parts]
-    parts = zip(z.split(channels, 1), activated_absmax(lowest, highest, silu).split(channels, 1), strict=True)
-    return [encode_images(part, dynamic_scale(absmax.amax(1), dtype), None, dtype) for part, absmax in parts]
+    absmax = activated_absmax(lowest, highest, silu)
+    if dtype is WIDE:
+        return [encode_wide_images(z, absmax.amax(1))]
+    parts = zip(z.split(channels, 1), absmax.split(channels, 1), strict=True)
+    return [encode_images(part, dynamic_scale(largest.amax(1), dtype), None, dtype) for part, largest in parts]

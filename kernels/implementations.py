@@ -42,6 +42,7 @@ from .quantize_image import quantize_image_ref
 from .quantize_joined import quantize_joined_ref
 from .quantize_static import quantize_static_ref
 from .quantize_token import quantize_token_ref
+from .quantize_wide import quantize_wide_ref
 
 REFERENCE: dict[str, Callable[..., Any]] = {
     "quantize_token": quantize_token_ref,
@@ -49,6 +50,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "quantize_static": quantize_static_ref,
     "quantize_channel_group": quantize_channel_group_ref,
     "quantize_joined": quantize_joined_ref,
+    "quantize_wide": quantize_wide_ref,
     "layer_norm_quantize": layer_norm_quantize_ref,
     "group_norm_silu": group_norm_silu_ref,
     "group_norm_silu_quantize": group_norm_silu_quantize_ref,

@@ -34,7 +34,19 @@ def check_rows(x: Tensor, operation: str) -> None:
         raise LayoutError(f"{operation}: x is {x.dtype} {tuple(x.shape)}; a float (M, K) is needed. Flatten the leading dimensions first.")
 
 
-def quantize_token_ref(x: Tensor, dtype: torch.dtype = torch.int8) -> QuantizedActivation:
+def check_into(x: Tensor, dtype: torch.dtype, into: QuantizedActivation | None) -> None:
+    """Raise LayoutError unless `into` can take the codes and scales of x (M, K)."""
+    if into is None:
+        return
+    found = (into.codes.dtype, into.codes.shape, into.codes.is_contiguous(), into.scale.shape, into.zero_point)
+    if found != (dtype, x.shape, True, x.shape[:1], None):
+        raise LayoutError(
+            f"quantize_token: into has {into.codes.dtype} {tuple(into.codes.shape)} and {into.scale.numel()} scales; contiguous {dtype} "
+            f"{tuple(x.shape)}, a scale per row and no zero point are needed. Pass the same rows of a tensor made for all."
+        )
+
+
+def quantize_token_ref(x: Tensor, dtype: torch.dtype = torch.int8, into: QuantizedActivation | None = None) -> QuantizedActivation:
     """Quantize every row of x with its own symmetric scale.
 
     scale[m] = max(absmax(x[m]), 2^-100) / 127; q = clamp(round(x / scale[m]), -127, 127), ties to even.
@@ -42,11 +54,18 @@ def quantize_token_ref(x: Tensor, dtype: torch.dtype = torch.int8) -> QuantizedA
     A row with a NaN or an infinity gets scale NaN and codes 0: what is computed from it is NaN, as without quantization.
     Args:
         x: (M, K) any float dtype, any strides; left unchanged. dtype: of the codes, int8 or float8_e4m3fn.
-    Returns: codes (M, K), scale (M,), no zero point, rows_per_scale 1.
-    Raises: LayoutError if x is not a float (M, K).
+        into: where codes and scales are written, contiguous; None for new memory.
+    Returns: codes (M, K), scale (M,), no zero point, rows_per_scale 1: `into` itself if given.
+    Raises: LayoutError if x is not a float (M, K), or `into` has other shapes.
     Source: LLM.int8 (arXiv 2208.07339), section 2.1, vector-wise absmax.
     """
     check_rows(x, "quantize_token")
+    check_into(x, dtype, into)
     x = x.float()
     scale = dynamic_scale(x.abs().amax(1), dtype)
-    return QuantizedActivation(symmetric_codes(x / scale[:, None], dtype), scale, None, 1)
+    codes = symmetric_codes(x / scale[:, None], dtype)
+    if into is None:
+        return QuantizedActivation(codes, scale, None, 1)
+    into.codes.copy_(codes)
+    into.scale.copy_(scale)
+    return into

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
+from .activation import WIDE
 from .quantize_static import BUCKETS
 
 
-def check_static_codes(operation: str, static: object | None, dtype: torch.dtype) -> None:
-    """Raise LayoutError if stored scales are given for codes that are not int8: tables are calibrated for these."""
+def check_static_codes(operation: str, static: object | None, dtype: torch.dtype, writes_wide: bool = False) -> None:
+    """Raise LayoutError if stored scales are given for codes that are not int8: tables are calibrated for these. Or for wide codes,
+    unless the operation writes them."""
+    if dtype is WIDE and not writes_wide:
+        raise LayoutError(f"{operation}: 16-bit codes, which it cannot write. Let it be done in floats, and quantize with quantize_wide.")
     if static and dtype is not torch.int8:
         raise LayoutError(f"{operation}: stored scales for {dtype} codes; they are of int8 codes. Pass none, for dynamic scales.")
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..activation import QuantizedActivation
+from ..activation import WIDE, QuantizedActivation, WideActivation
 from ..group_norm_silu_quantize import GROUPS, OPERATION, DynamicScale, check_group_norm
 from ..quantize_token import TINY
 from ..repeat import empty, launch
@@ -21,6 +21,7 @@ from .group_norm_statistics import Bound, GroupStatistics, group_statistics
 from .launch import cdiv, on_device
 from .packed_codes import pack_codes, row_absmax, shifted_ratio
 from .quantize_static import pixel_strides
+from .quantize_wide import empty_planes, write_planes
 from .rounding import dynamic_scale, range_scale
 from .row_parts import load_row, load_vector, neighbours, row_warps, split_row, store_row
 from .scale_entries import ScaleEntries, scale_entries
@@ -149,7 +150,7 @@ def group_norm_silu_quantize(
     dynamic: DynamicScale = DynamicScale.IMAGE,
     joined: bool = True,
     dtype: torch.dtype = torch.int8,
-) -> list[QuantizedActivation]:
+) -> list[QuantizedActivation] | list[WideActivation]:
     """See group_norm_silu_quantize_ref: scales to fp32 rounding, codes at most 1 apart and that on fewer than 1 in 1000."""
     check_group_norm(segments, weight, bias, silu, static, dynamic, joined, dtype)
     segments = [pixel_strides(x)[0] for x in segments]
@@ -161,7 +162,19 @@ def group_norm_silu_quantize(
         statistics = group_statistics(segments, weight.contiguous(), bias.contiguous(), eps, silu, bound)
         if per_token:
             return [_apply_per_token(segments[0], statistics, silu, dtype)]
+        if dtype is WIDE:
+            return [_apply_wide(segments, statistics, silu)]
         return _apply_segments(segments, statistics, silu, static, joined, bound is Bound.LARGEST, dtype)
+
+
+def _apply_wide(segments: Sequence[Tensor], statistics: GroupStatistics, silu: bool) -> WideActivation:
+    B, _, H, W = segments[0].shape
+    into = empty_planes((B, H, W, sum(x.shape[1] for x in segments)), B, H * W, segments[0].device)
+    first_channel = 0
+    for x in segments:
+        write_planes(x, statistics.affine, first_channel, statistics.absmax.view(B, 2 * GROUPS), into, silu)
+        first_channel += x.shape[1]
+    return into
 
 
 def _apply_segments(

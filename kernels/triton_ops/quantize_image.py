@@ -61,24 +61,31 @@ def _image_scale_kernel(
         tl.store(zero_point_ptr + image, zero_point)
 
 
+def image_absmax(x: Tensor, largest: bool = False) -> Tensor:
+    """(B, slices) fp32: absmax of every BLOCK_P pixels of x (B, C, H, W), in pixel_strides' layout; or their largest value, or 0."""
+    B, C, H, W = x.shape
+    slices = cdiv(H * W, BLOCK_P)
+    absmax = empty((B, slices), torch.float32, x.device)
+    launch(
+        _slice_absmax_kernel, (slices, B),
+        x, absmax, H * W, C, x.stride(0), pixel_strides(x)[1], x.stride(1),
+        HAS_LOW=largest, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=8,
+    )  # fmt: skip
+    return absmax
+
+
 def quantize_image(x: Tensor, low: float | None = None, dtype: torch.dtype = torch.int8) -> QuantizedActivation:
     """See quantize_image_ref, whose codes, scales and zero points these are, bit for bit."""
     check_images(x, "quantize_image")
     check_low(low, dtype)
-    x, stride_p = pixel_strides(x)
-    B, C, H, W = x.shape
-    slices = cdiv(H * W, BLOCK_P)
-    absmax = empty((B, slices), torch.float32, x.device)
+    x = pixel_strides(x)[0]
+    B, _, H, W = x.shape
     scale = empty((B,), torch.float32, x.device)
     zero_point = None if low is None else empty((B,), torch.int32, x.device)
     with on_device(x):
-        launch(
-            _slice_absmax_kernel, (slices, B),
-            x, absmax, H * W, C, x.stride(0), stride_p, x.stride(1),
-            HAS_LOW=low is not None, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=8,
-        )  # fmt: skip
+        absmax = image_absmax(x, low is not None)
         launch(
             _image_scale_kernel, (B,),
-            absmax, scale, zero_point, slices, LOW=low, TINY=TINY, IS_FP8=dtype is FP8, BLOCK_SLICES=BLOCK_SLICES, num_warps=1,
+            absmax, scale, zero_point, absmax.shape[1], LOW=low, TINY=TINY, IS_FP8=dtype is FP8, BLOCK_SLICES=BLOCK_SLICES, num_warps=1,
         )  # fmt: skip
     return quantize_pixels(x, scale, zero_point, H * W, dtype)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activation import QuantizedActivation
-from ..quantize_token import TINY, check_rows
+from ..quantize_token import TINY, check_into, check_rows
 from ..repeat import empty, launch
 from .encoding import reciprocal
 from .launch import cdiv, on_device
@@ -59,13 +59,14 @@ def _quantize_long_token_kernel(x_ptr, codes_ptr, scale_ptr, K, stride_xm, TINY:
         tl.store(codes_ptr + row * K + k + columns, codes.to(codes_ptr.dtype.element_ty), mask=columns < K - k)
 
 
-def quantize_token(x: Tensor, dtype: torch.dtype = torch.int8) -> QuantizedActivation:
+def quantize_token(x: Tensor, dtype: torch.dtype = torch.int8, into: QuantizedActivation | None = None) -> QuantizedActivation:
     """See quantize_token_ref, whose codes and scales these are, bit for bit."""
     check_rows(x, "quantize_token")
+    check_into(x, dtype, into)
     x = x if x.stride(1) == 1 else x.contiguous()
     M, K = x.shape
-    codes = empty((M, K), dtype, x.device)
-    scale = empty((M,), torch.float32, x.device)
+    codes = empty((M, K), dtype, x.device) if into is None else into.codes
+    scale = empty((M,), torch.float32, x.device) if into is None else into.scale
     with on_device(x):
         if K <= MAX_HELD:
             head, tail = split_row(K)

@@ -22,6 +22,7 @@ from stepquant.kernels.quantize_channel_group import quantize_channel_group_ref
 from stepquant.kernels.quantize_joined import quantize_joined_ref
 from stepquant.kernels.quantize_static import quantize_static_ref
 from stepquant.kernels.quantize_token import quantize_token_ref
+from stepquant.kernels.quantize_wide import quantize_wide_ref
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or dispatch.choose_backend("cuda").backend is not Backend.TRITON,
@@ -90,6 +91,15 @@ def test_quantize_token_equals_the_reference_bit_for_bit_on_sdxl_shapes(shape):
     assert torch.equal(actual.codes, expected.codes) and torch.equal(actual.scale, expected.scale)
 
 
+@pytest.mark.parametrize("shape", [(2048, 5120), (8192, 2560), (77, 333), (2, 320, 128, 128), (2, 2560, 32, 32)], ids=str)
+def test_quantize_wide_equals_the_reference_bit_for_bit_on_sdxl_shapes(shape):
+    x = normal(*shape) * normal(shape[0], *[1] * (len(shape) - 1), seed=1).exp()
+    x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+    actual, expected = dispatch.quantize_wide(x), quantize_wide_ref(x)
+    for one, other in ((actual.high, expected.high), (actual.low, expected.low)):
+        assert torch.equal(one.codes, other.codes) and torch.equal(one.scale, other.scale)
+
+
 @pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "zero_point"])
 @pytest.mark.parametrize("shape", [(2048, 1280), (8192, 640), (78, 333)], ids=str)
 def test_quantize_static_equals_the_reference_on_sdxl_shapes(shape, asymmetric):
@@ -131,7 +141,10 @@ def step_of(bucket: torch.Tensor) -> Callable[[], list[QuantizedActivation]]:
     scale = static(bucket)
 
     def step() -> list[QuantizedActivation]:
+        (normed,) = dispatch.group_norm_silu_quantize([images, skip], weight, bias, dtype=dispatch.WIDE)
+        wide = dispatch.quantize_wide(x)
         return [
+            *(plane for planes in (normed, wide) for plane in (planes.high, planes.low)),
             dispatch.layer_norm_quantize(x, weight[:640], bias[:640])[0],
             dispatch.layer_norm_quantize(x, weight[:640], bias[:640], static=scale)[0],
             dispatch.geglu_quantize(x),

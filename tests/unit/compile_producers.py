@@ -26,6 +26,7 @@ from stepquant.kernels.triton_ops import (
     group_norm_statistics,
     layer_norm_quantize,
     quantize_joined,
+    quantize_wide,
 )
 from stepquant.kernels.triton_ops.row_parts import neighbours, row_warps, split_row
 
@@ -33,6 +34,7 @@ POINTERS = {
     "x_ptr": "*fp16", "weight_ptr": "*fp16", "bias_ptr": "*fp16", "codes_ptr": "*i8", "float_ptr": "*fp16", "scale_ptr": "*fp32",
     "zero_point_ptr": "*i32", "table_ptr": "*fp32", "zero_table_ptr": "*i32", "bucket_ptr": "*i64", "moments_ptr": "*fp32",
     "first_ptr": "*fp16", "second_ptr": "*fp16", "affine_ptr": "*fp32", "absmax_ptr": "*fp32", "clipped_ptr": "*i32",
+    "high_ptr": "*i8", "low_ptr": "*i8", "high_scale_ptr": "*fp32", "low_scale_ptr": "*fp32",
 }  # fmt: skip
 # What SDXL's shapes make multiples of 16, which Triton then knows.
 MULTIPLES_OF_16 = ("M", "N", "K", "C", "P", "C_total", "channel_offset", "seam", "rows_per_scale", "stride_xm", "stride_xb", "stride_xp",
@@ -66,11 +68,13 @@ def cases() -> list[Case]:
     layer_norm, geglu = layer_norm_quantize._layer_norm_quantize_kernel, geglu_quantize._geglu_quantize_kernel
     norm, statistics = group_norm_silu_quantize, group_norm_statistics
     tile = {"BLOCK_P": norm.BLOCK_P, "BLOCK_C": norm.BLOCK_C, "TINY": TINY, "SILU": True, "ABSMAX": 64, "ABSMAX_STRIDE": 64}
+    image = {"stride_xc": 1}
     token = {"STATIC": False, "HAS_ZERO_POINT": False, "clipped_ptr": None}
     static = {"STATIC": True, "HAS_ZERO_POINT": True}  # with counters, as ComfyUI's host has them
     apply = norm._normalize_quantize_kernel
     groups = {"SILU": True, "BOUND": True, "LARGEST": False, "BLOCK_SLICES": statistics.FEW_SLICES}
     moments = {"stride_xc": 1, "MANY": False, "STEPS": statistics.STEPS, "BLOCK_P": statistics.BLOCK_P, "BLOCK_C": statistics.BLOCK_C}
+    wide = {"TINY": TINY, "BLOCK_ABSMAX": quantize_wide.BLOCK_ABSMAX, "BLOCK_P": quantize_wide.BLOCK_P, "BLOCK_C": quantize_wide.BLOCK_C}
     joined = {"HAS_ZERO_POINT": True, "BLOCK_P": quantize_joined.BLOCK_P, "BLOCK_C": quantize_joined.BLOCK_C}
     return [
         Case("joined static", quantize_joined._joined_static_kernel, joined | {"EVEN": True}, 4),
@@ -90,10 +94,13 @@ def cases() -> list[Case]:
         Case("group norm affine 2560", statistics._group_affine_kernel, groups | {"BLOCK_G": 128}, 4),
         Case("group norm affine above the dip", statistics._group_affine_kernel, groups | {"LARGEST": True, "BLOCK_G": 128}, 4),
         Case("group norm affine 640", statistics._group_affine_kernel, groups | {"BLOCK_G": 32, "BLOCK_SLICES": statistics.MAX_SLICES}, 4),
-        Case("group norm silu image", apply, tile | token | {"stride_xc": 1}, norm.NUM_WARPS),
-        Case("group norm silu image above the dip", apply, tile | token | {"HAS_ZERO_POINT": True, "stride_xc": 1}, norm.NUM_WARPS),
-        Case("group norm silu static", apply, tile | static | {"stride_xc": 1}, norm.NUM_WARPS),
+        Case("group norm silu image", apply, tile | token | image, norm.NUM_WARPS),
+        Case("group norm silu image above the dip", apply, tile | token | image | {"HAS_ZERO_POINT": True}, norm.NUM_WARPS),
+        Case("group norm silu static", apply, tile | static | image, norm.NUM_WARPS),
         Case("group norm silu static NCHW", apply, tile | static | {"stride_xp": 1}, norm.NUM_WARPS),
+        Case("wide rows", quantize_wide._wide_rows_kernel, {"TINY": TINY, "BLOCK_K": quantize_wide.BLOCK_K}, 4),
+        Case("wide image", quantize_wide._wide_pixels_kernel, wide | image | {"affine_ptr": None, "SILU": False}, quantize_wide.NUM_WARPS),
+        Case("wide group norm silu", quantize_wide._wide_pixels_kernel, wide | image | {"SILU": True}, quantize_wide.NUM_WARPS),
         row_case("group norm token", norm._normalize_quantize_token_kernel, 1280, SILU=False, EVEN=True),
     ]
 
