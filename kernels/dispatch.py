@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activation import FP8, QuantizedActivation
+from .activation import FP8, WIDE, QuantizedActivation, WideActivation
 from .backend import Backend, BackendChoice, choose_backend, choose_fp8_backend, forget_choices
 from .channel_group import ChannelGroups, channel_groups, shifted_codes
 from .channel_group_conv2d import grouped_border_sums
@@ -20,62 +20,19 @@ from .int4_weight import expanded_codes, paired_scales
 from .int8_conv2d import border_sums
 from .int8_gemm_many import LinearWeight
 from .int8_upsample_conv2d import PhaseWeight, phase_weight
-from .repeat import Kept, Repeated
+from .repeat import Kept, Repeated, call
 from .static_scale import StaticScale
 
 __all__ = [
-    "FP8",
-    "OPERATIONS",
-    "Backend",
-    "BackendChoice",
-    "ChannelGroups",
-    "DynamicScale",
-    "Int4LinearWeight",
-    "Kept",
-    "LinearWeight",
-    "PhaseWeight",
-    "QuantizedActivation",
-    "Repeated",
-    "StaticScale",
-    "border_sums",
-    "channel_group_conv2d",
-    "channel_group_gemm",
-    "channel_groups",
-    "choose_backend",
-    "choose_fp8_backend",
-    "compile_ahead",
-    "expanded_codes",
-    "expands_int4",
-    "forget_choices",
-    "fp8_conv2d",
-    "fp8_geglu_gemm",
-    "fp8_gemm",
-    "fp8_gemm_many",
-    "geglu_quantize",
-    "group_norm_silu",
-    "group_norm_silu_quantize",
-    "grouped_border_sums",
-    "int4_expand",
-    "int4_geglu_gemm",
-    "int4_gemm",
-    "int4_gemm_many",
-    "int8_attention",
-    "int8_conv2d",
-    "int8_geglu_gemm",
-    "int8_gemm",
-    "int8_gemm_many",
-    "int8_upsample_conv2d",
-    "layer_norm_quantize",
-    "log2_attention",
-    "paired_scales",
-    "phase_weight",
-    "quantize_channel_group",
-    "quantize_image",
-    "quantize_joined",
-    "quantize_static",
-    "quantize_token",
-    "shifted_codes",
-]
+    "FP8", "OPERATIONS", "WIDE", "Backend", "BackendChoice", "ChannelGroups", "DynamicScale", "Int4LinearWeight", "Kept", "LinearWeight",
+    "PhaseWeight", "QuantizedActivation", "Repeated", "StaticScale", "WideActivation", "border_sums", "call", "channel_group_conv2d",
+    "channel_group_gemm", "channel_groups", "choose_backend", "choose_fp8_backend", "compile_ahead", "expanded_codes", "expands_int4",
+    "forget_choices", "fp8_conv2d", "fp8_geglu_gemm", "fp8_gemm", "fp8_gemm_many", "geglu_quantize", "group_norm_silu",
+    "group_norm_silu_quantize", "grouped_border_sums", "int4_expand", "int4_geglu_gemm", "int4_gemm", "int4_gemm_many", "int8_attention",
+    "int8_conv2d", "int8_geglu_gemm", "int8_gemm", "int8_gemm_many", "int8_upsample_conv2d", "layer_norm_quantize", "log2_attention",
+    "paired_scales", "phase_weight", "quantize_channel_group", "quantize_image", "quantize_joined", "quantize_static", "quantize_token",
+    "quantize_wide", "shifted_codes",
+]  # fmt: skip
 
 OPERATIONS = tuple(REFERENCE)
 _triton: dict[str, Callable[..., Any]] = {}
@@ -96,9 +53,9 @@ def _import_kernel(operation: str) -> Callable[..., Any]:
     return _triton[operation]
 
 
-def quantize_token(x: Tensor, dtype: torch.dtype = torch.int8) -> QuantizedActivation:
+def quantize_token(x: Tensor, dtype: torch.dtype = torch.int8, into: QuantizedActivation | None = None) -> QuantizedActivation:
     """One symmetric scale per row of x (M, K), codes of dtype; see quantize_token_ref."""
-    return _implementation("quantize_token", x.device, dtype)(x, dtype)
+    return _implementation("quantize_token", x.device, dtype)(x, dtype, into)
 
 
 def quantize_image(x: Tensor, low: float | None = None, dtype: torch.dtype = torch.int8) -> QuantizedActivation:
@@ -116,6 +73,11 @@ def quantize_static(
 def quantize_channel_group(x: Tensor, groups: ChannelGroups, static: StaticScale | None = None) -> QuantizedActivation:
     """x (M, K) or (B, K, H, W) in channel groups, channels in stored order; see quantize_channel_group_ref."""
     return _implementation("quantize_channel_group", x.device)(x, groups, static)
+
+
+def quantize_wide(x: Tensor) -> WideActivation:
+    """16-bit codes of x (M, K), a scale per row, or of images (B, C, H, W), one each, in two int8 planes; see quantize_wide_ref."""
+    return _implementation("quantize_wide", x.device)(x)
 
 
 def quantize_joined(
@@ -148,7 +110,7 @@ def group_norm_silu_quantize(
     dynamic: DynamicScale = DynamicScale.IMAGE,
     joined: bool = True,
     dtype: torch.dtype = torch.int8,
-) -> list[QuantizedActivation]:
+) -> list[QuantizedActivation] | list[WideActivation]:
     """GroupNorm and SiLU of 1 or 2 tensors (B, C_i, H, W) as NHWC codes of dtype; see group_norm_silu_quantize_ref."""
     implementation = _implementation("group_norm_silu_quantize", weight.device, dtype)
     return implementation(segments, weight, bias, eps, silu, static, dynamic, joined, dtype)

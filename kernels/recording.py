@@ -1,16 +1,22 @@
-"""What one call of an operation allocates and launches, and the plan that does it again with other tensors. For repeat.py."""
+"""What one call of an operation allocates, launches and has torch do: noted here, done again by plan.py. For repeat.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .driver_launch import Described, Launch, Place
+from .plan import Call, Made, Plan, View
+from .triton_launch import TritonLaunch
 
 # What is the same in every call of one layout.
-PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
+PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device, FunctionType, BuiltinFunctionType})
 
 
 class NotRepeatableError(Exception):
@@ -21,14 +27,14 @@ def launch_now(kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: 
     """kernel[grid](*arguments, **constants), also where Triton refuses the tensors. Returns the compiled kernel."""
     if torch.compiler.is_compiling() or not hides_addresses() or not torch.cuda.is_current_stream_capturing():
         return kernel[grid](*arguments, **constants)
-    compiled, tensors = kernel.warmup(*arguments, grid=grid, **constants), []
+    compiled, addresses = kernel.warmup(*arguments, grid=grid, **constants), []
 
-    def place(tensor: Tensor) -> tuple[int, int]:
-        tensors.append(tensor)
-        return len(tensors) - 1, 0
+    def place(tensor: Tensor) -> Place:
+        addresses.append(tensor.data_ptr())
+        return Place(len(addresses) - 1)
 
-    one, device = _Launch(compiled, grid, _in_order(kernel, arguments, constants), place), torch.cuda.current_device()
-    one(_stream_getter()(device), tensors, [tensor.data_ptr() for tensor in tensors])
+    one = TritonLaunch(_launch_of(compiled, kernel, grid, arguments, constants, place))
+    one(torch.cuda.current_stream().cuda_stream, addresses)
     return compiled
 
 
@@ -42,50 +48,119 @@ def hides_addresses() -> bool:
     return torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_allocator_backend() == "cudaMallocAsync"
 
 
-def _in_order(kernel: Any, arguments: tuple, constants: dict[str, Any]) -> list[Any]:
-    return [*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :])]
+def _launch_of(
+    compiled: Any, kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any], place: Callable[[Tensor], Place]
+) -> Launch:
+    if compiled is None:  # the interpreter's
+        raise NotRepeatableError
+    values = []
+    for value in (*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :])):
+        if isinstance(value, Tensor):
+            values.append(place(value))
+        elif isinstance(getattr(value, "base", None), Tensor):
+            values.append(Described(place(value.base), type(value), {**vars(value), "base": None}))
+        else:
+            values.append(value)
+    return Launch(compiled, (*grid, 1, 1)[:3], tuple(values))
+
+
+class Allocation:
+    """A tensor that the call made. Not held: the first call of a transformer block would need three times the later ones' memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.dtype, self.nbytes = tensor.shape, tensor.dtype, tensor.nbytes
+        self._stride, self._address, self._extent = tensor.stride(), tensor.data_ptr(), _extent(tensor)
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+
+    def stride(self) -> Sequence[int]:
+        return self._stride
+
+    def offset_of(self, address: int) -> int | None:
+        """Bytes from its start; None if the address is outside, or this memory may be another tensor's by now."""
+        offset = address - self._address
+        return offset if 0 <= offset < self._extent and not self._storage.expired() else None
+
+
+class _Allocations(list):
+    def append(self, tensor: Tensor) -> None:
+        super().append(Allocation(tensor))
 
 
 class Recording:
-    """What one call allocates and launches."""
+    """What one call allocates (`made`), launches, and has torch do."""
 
     def __init__(self, operands: list[Tensor]) -> None:
-        self.made: list[Tensor] = []
+        self.made: list = _Allocations()
         self._operands = operands
-        self._launches: list[_Launch] | None = []
+        self._steps: list[Launch | Call] | None = []
+        self._uses: dict[int, dict[str, Any]] = {}  # number -> Made's fields
 
     def launch(self, kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any]) -> None:
         compiled = launch_now(kernel, grid, arguments, constants)
-        if self._launches is None:
-            return
-        try:
-            self._launches.append(_Launch(compiled, grid, _in_order(kernel, arguments, constants), self._place))
-        except (NotRepeatableError, AttributeError, KeyError):  # also what is no compiled kernel, such as the interpreter's
-            self._launches = None
+        self._note(lambda: _launch_of(compiled, kernel, grid, arguments, constants, self._place))
+
+    def called(self, function: Callable[..., Tensor], tensors: Sequence[Tensor], result: Tensor) -> None:
+        """result: what function(*tensors) was, a tensor with memory of its own."""
+        self.made.append(result)
+        number = len(self._operands) + len(self.made) - 1
+
+        def call() -> Call:
+            views = tuple(self._view(tensor, "is_given") for tensor in tensors)
+            if self._place(result, "is_of_torch") != Place(number):
+                raise NotRepeatableError
+            return Call(function, views, number, result.shape, result.stride(), result.dtype)
+
+        self._note(call)
 
     def plan(self, result: Any) -> Plan | None:
         """The call as a plan; None if it cannot be repeated."""
+        if not self._steps:
+            return None
         try:
-            return None if not self._launches else Plan(self.made, self._launches, self._rebuilder(result), self._operands[0])
+            rebuild = self._rebuilder(result)
         except NotRepeatableError:
             return None
+        operands = len(self._operands)
+        made = [Made(tensor, **self._uses.get(number, {})) for number, tensor in enumerate(self.made, operands)]
+        return Plan(self._steps, operands, made, rebuild, self._operands[0].device)
 
-    def _place(self, tensor: Tensor) -> tuple[int, int]:
-        """(which operand or allocation it is in, bytes from its start). Raises NotRepeatableError if that is not certain."""
+    def _note(self, step: Callable[[], Launch | Call]) -> None:
+        if self._steps is None:
+            return
+        try:
+            self._steps.append(step())
+        except NotRepeatableError:
+            self._steps = None
+
+    def _place(self, tensor: Tensor, use: str | None = None) -> Place:
+        """Where the tensor is. use: a field of Made that becomes true of it. Raises NotRepeatableError if the place is not certain."""
         address = tensor.data_ptr()
         inside = [
-            (number, address - owner.data_ptr())
-            for number, owner in enumerate([*self._operands, *self.made])
+            Place(number, address - owner.data_ptr())
+            for number, owner in enumerate(self._operands)
             if owner is tensor or owner.data_ptr() <= address < owner.data_ptr() + _extent(owner)
         ]
+        offsets = [(number, one.offset_of(address)) for number, one in enumerate(self.made, len(self._operands))]
+        inside += [Place(number, offset) for number, offset in offsets if offset is not None]
         if len(inside) != 1:
             raise NotRepeatableError
+        step = len(self._steps or ())
+        fields = self._uses.setdefault(inside[0].number, {"first": step})
+        fields.update({"last": step} if use is None else {"last": step, use: True})
         return inside[0]
+
+    def _view(self, tensor: Tensor, use: str) -> View:
+        number, offset = self._place(tensor, use)
+        owner = [*self._operands, *self.made][number]
+        if owner.dtype is not tensor.dtype or offset % tensor.element_size():
+            raise NotRepeatableError
+        whole = owner is tensor or (offset == 0 and owner.shape == tensor.shape and owner.stride() == tensor.stride())
+        return View(number, tensor.shape, tensor.stride(), offset // tensor.element_size(), whole)
 
     def _rebuilder(self, value: Any) -> Callable[[list[Tensor]], Any]:
         """A function that makes the same of other operands and allocations."""
         if isinstance(value, Tensor):
-            return self._tensor_rebuilder(value)
+            return self._view(value, "is_returned").of
         if value is None or type(value) in PLAIN:
             return lambda _: value
         if isinstance(value, tuple | list):
@@ -102,84 +177,9 @@ class Recording:
 
         return rebuild
 
-    def _tensor_rebuilder(self, value: Tensor) -> Callable[[list[Tensor]], Tensor]:
-        number, offset = self._place(value)
-        owner = [*self._operands, *self.made][number]
-        if owner is value:
-            return lambda tensors: tensors[number]
-        if owner.dtype is not value.dtype or offset % value.element_size():
-            raise NotRepeatableError
-        shape, stride, start = value.shape, value.stride(), offset // value.element_size()
-        if start == 0 and owner.shape == shape and owner.stride() == stride:
-            return lambda tensors: tensors[number]
-        return lambda tensors: tensors[number].as_strided(shape, stride, tensors[number].storage_offset() + start)
-
 
 def _extent(tensor: Tensor) -> int:
     """Bytes from its first element to the end of its last one."""
     if tensor.numel() == 0:
         return 0
     return (1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.element_size()
-
-
-class _Launch:
-    """One launch of a compiled kernel, but for the addresses."""
-
-    def __init__(self, compiled: Any, grid: tuple[int, ...], values: list[Any], place: Callable[[Tensor], tuple[int, int]]) -> None:
-        """values: the kernel's arguments in order, constants too, as Triton's launcher takes them."""
-        self._run = compiled.run
-        self._grid = (*grid, 1, 1)[:3]
-        self._handle = (compiled.function, compiled.packed_metadata, None, None, None)
-        self._values = list(values)
-        self._pointers: list[tuple[int, int, int]] = []
-        self._descriptors: list[tuple[int, int, type, dict[str, Any]]] = []
-        for position, value in enumerate(values):
-            if isinstance(value, Tensor):
-                self._pointers.append((position, *place(value)))
-                self._values[position] = None
-            elif isinstance(getattr(value, "base", None), Tensor):
-                owner, offset = place(value.base)
-                if offset:
-                    raise NotRepeatableError
-                self._descriptors.append((position, owner, type(value), {**vars(value), "base": None}))
-                self._values[position] = None
-
-    def __call__(self, stream: int, tensors: list[Tensor], addresses: list[int]) -> None:
-        values = self._values.copy()
-        for position, owner, offset in self._pointers:
-            values[position] = addresses[owner] + offset
-        for position, owner, kind, fields in self._descriptors:
-            # A new object for each launch: another thread may be launching the same.
-            descriptor = values[position] = object.__new__(kind)
-            descriptor.__dict__.update(fields)
-            descriptor.base = tensors[owner]
-        self._run(*self._grid, stream, *self._handle, *values)
-
-
-def _stream_getter() -> Callable[[int], int]:
-    """Device index -> handle of its current stream: Triton's, a microsecond faster than torch's."""
-    from triton.runtime import driver
-
-    return driver.active.get_current_stream
-
-
-class Plan:
-    """The allocations and launches of one layout."""
-
-    def __init__(self, made: list[Tensor], launches: list[_Launch], rebuild: Callable[[list[Tensor]], Any], like: Tensor) -> None:
-        self._empties = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in made]
-        self._launches, self._rebuild, self._device = launches, rebuild, like.device
-        self._stream_of = _stream_getter()
-
-    def __call__(self, tensors: list[Tensor]) -> Any:
-        device = self._device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return self(tensors)
-        for shape, stride, dtype in self._empties:
-            tensors.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        stream = self._stream_of(device.index)
-        for one in self._launches:
-            one(stream, tensors, addresses)
-        return self._rebuild(tensors)

@@ -1,16 +1,17 @@
 """Repeats an operation's kernel launches for operands of the same layout, without the Python that worked them out. No kernels.
 
 The first call with a layout runs as it is written; what it allocates and launches is noted. Later calls allocate and
-launch the same, with the addresses of their own tensors: 5 us a launch where the checks, the tables and Triton's own
+launch the same, with the addresses of their own tensors: 2 us a launch where the checks, the tables and Triton's own
 dispatch take 100. Layout: shapes, strides, dtypes, devices, the addresses' last 4 bits, and every value that is no tensor.
 
-An operation can be repeated if all it does is to allocate with `empty` and to launch with `launch`, on its operands and
-on parts of them, and to return such tensors. One that does anything else (copies an operand with torch, uses a workspace)
-is found out at its first call and runs as it is written every time.
+An operation can be repeated if all it does is to allocate with `empty`, to launch with `launch`, and to have torch compute
+with `call`, on its operands and on parts of them, and to return such tensors. One that does anything else (copies an operand
+with torch, uses a workspace) is found out at its first call and runs as it is written every time.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 import weakref
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .recording import PLAIN, NotRepeatableError, Plan, Recording, launch_now
+from .plan import Plan
+from .recording import PLAIN, NotRepeatableError, Recording, launch_now
 
 # Kernels and tensor descriptors take addresses that are multiples of 16 bytes another way.
 ALIGNMENT_BITS = 15
@@ -68,6 +70,14 @@ def watched_by(watcher: Any) -> Iterator[None]:
         _thread.watcher = None
 
 
+def call(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """function(*tensors) of torch's, whose result has memory of its own: repeated by calling it again."""
+    result = function(*tensors)
+    if (watcher := _watcher()) is not None:
+        watcher.called(function, tensors, result)
+    return result
+
+
 class Repeated:
     """A function whose launches are repeated on NVIDIA GPUs; elsewhere, and inside another one, it is the function itself.
 
@@ -88,20 +98,21 @@ class Repeated:
         if not _is_possible(arguments[0]):
             return self._function(*arguments, **named)
         tensors: list[Tensor] = []
+        addresses: list[int] = []
         layout: list[Any] = []
         try:
             for argument in arguments:
-                _add_layout(argument, tensors, layout)
+                _add_layout(argument, tensors, addresses, layout)
             for name, argument in named.items():
                 layout.append(name)
-                _add_layout(argument, tensors, layout)
+                _add_layout(argument, tensors, addresses, layout)
         except NotRepeatableError:
             return self._function(*arguments, **named)
         key = tuple(layout)
         plan = self._plans.get(key, UNKNOWN)
         if plan is UNKNOWN:
             return self._first(key, tensors, arguments, named)
-        return self._function(*arguments, **named) if plan is None else plan(tensors)
+        return self._function(*arguments, **named) if plan is None else plan(tensors, addresses)
 
     def _first(self, key: tuple, tensors: list[Tensor], arguments: tuple, named: dict[str, Any]) -> Any:
         recording = Recording(tensors)
@@ -126,8 +137,15 @@ class Kept:
         self.tensors: list[Tensor] = []
         layout: list[Any] = []
         for operand in operands:
-            _add_layout(operand, self.tensors, layout)
+            _add_layout(operand, self.tensors, [], layout)
+        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
         self.number = _numbers.setdefault(tuple(layout), next(_counter))
+
+    def __deepcopy__(self, memo: dict) -> Kept:
+        copied = object.__new__(Kept)
+        copied.tensors, copied.number = copy.deepcopy(self.tensors, memo), self.number
+        copied.addresses = [tensor.data_ptr() for tensor in copied.tensors]
+        return copied
 
 
 def _is_possible(first: Any) -> bool:
@@ -136,28 +154,31 @@ def _is_possible(first: Any) -> bool:
     return getattr(_thread, "watcher", None) is None
 
 
-def _add_layout(value: Any, tensors: list[Tensor], layout: list[Any]) -> None:
+def _add_layout(value: Any, tensors: list[Tensor], addresses: list[int], layout: list[Any]) -> None:
     kind = type(value)
     if kind is Tensor or kind is Parameter:
         for number, known in enumerate(tensors):
             if known is value:  # what is passed twice now must be passed twice then
                 layout.append(number)
                 return
+        address = value.data_ptr()
         tensors.append(value)
-        layout.append((value.shape, value.stride(), value.dtype, value.get_device(), value.data_ptr() & ALIGNMENT_BITS))
+        addresses.append(address)
+        layout.append((value.shape, value.stride(), value.dtype, value.get_device(), address & ALIGNMENT_BITS))
     elif kind in PLAIN:
         layout.append(value)
     elif kind is Kept:
         tensors += value.tensors
+        addresses += value.addresses
         layout.append(value.number)
     elif isinstance(value, tuple | list):
         layout.append(len(value))
         for part in value:
-            _add_layout(part, tensors, layout)
+            _add_layout(part, tensors, addresses, layout)
     elif (operands := getattr(value, "operands", None)) is not None:
         layout.append(kind)
         for part in operands:
-            _add_layout(part, tensors, layout)
+            _add_layout(part, tensors, addresses, layout)
     elif isinstance(value, Enum):
         layout.append(value)
     else:

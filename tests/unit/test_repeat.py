@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from enum import Enum
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from stepquant.kernels import recording, repeat
+from stepquant.kernels import plan, repeat
 from stepquant.kernels.activation import QuantizedActivation
-from stepquant.kernels.repeat import Kept, Repeated, empty, launch
+from stepquant.kernels.repeat import Kept, Repeated, call, empty, launch
 
 CPU = torch.device("cpu")
 
@@ -56,7 +58,7 @@ class Layer:
 def kernel(monkeypatch) -> Kernel:
     """A kernel; operations on the CPU count as repeatable, on stream 5."""
     monkeypatch.setattr(repeat, "_is_possible", lambda first: getattr(repeat._thread, "watcher", None) is None)
-    monkeypatch.setattr(recording, "_stream_getter", lambda: lambda device: 5)
+    monkeypatch.setattr(plan, "_stream_getter", lambda: lambda device: 5)
     return Kernel()
 
 
@@ -120,6 +122,20 @@ def test_kept_operands_of_equal_layout_share_a_number():
     assert first.number == second.number != third.number
 
 
+def test_copied_kept_operands_are_launched_on_where_the_copies_are(kernel):
+    @Repeated
+    def scaled(x, weight):
+        y = empty(x.shape, x.dtype, CPU)
+        launch(kernel, (1,), weight.tensor, y, SIZE=1)
+        return y
+
+    layer = Layer(torch.zeros(64))
+    copied = copy.deepcopy(layer)
+    for one in (layer, layer, copied):
+        scaled(torch.zeros(4), one)
+    assert [arguments[9] for arguments in kernel.launched] == [layer.tensor.data_ptr(), copied.tensor.data_ptr()]
+
+
 def test_repeated_passes_parts_of_operands_and_returns_parts_of_allocations(kernel):
     @Repeated
     def halves(x):
@@ -146,7 +162,7 @@ def test_repeated_gives_descriptors_their_new_tensors(kernel):
     described(first)
     described(second)
     described(first)
-    assert all(arguments[9].base is x for arguments, x in zip(kernel.launched, (second, first), strict=True))
+    assert [arguments[9].base.data_ptr() for arguments in kernel.launched] == [second.data_ptr(), first.data_ptr()]
     assert kernel.launched[0][9].shape == [8, 4] and kernel.launched[0][9] is not kernel.launched[1][9]
 
 
@@ -204,6 +220,141 @@ def test_repeated_runs_the_function_every_time_for_objects_it_does_not_know(kern
     for _ in range(2):
         double(torch.zeros(8, 4), SimpleNamespace())
     assert len(calls) == 2 and not kernel.launched
+
+
+def _copied(kernel: Kernel, x: torch.Tensor) -> torch.Tensor:
+    y = empty(x.shape, x.dtype, CPU)
+    launch(kernel, (1,), x, y, SIZE=1)
+    return y
+
+
+def _addresses(kernel: Kernel) -> list[tuple[int, int]]:
+    return [arguments[9:11] for arguments in kernel.launched]
+
+
+def test_repeated_torch_function_gets_the_new_tensors_and_its_result_is_launched_on(kernel):
+    given = []
+
+    def added(a, b):
+        given.append((a.data_ptr(), b.data_ptr(), b.shape))
+        return a + b
+
+    @Repeated
+    def operation(x, residual):
+        return _copied(kernel, call(added, _copied(kernel, x), residual[1:]))
+
+    operation(torch.zeros(2, 8), torch.zeros(3, 8))
+    y = operation(x := torch.zeros(2, 8), residual := torch.zeros(3, 8))
+    before, after = _addresses(kernel)
+    assert given[1] == (before[1], residual.data_ptr() + 32, (2, 8))
+    assert before[0] == x.data_ptr() and after[1] == y.data_ptr() and after[0] not in (x.data_ptr(), before[1], y.data_ptr())
+
+
+def test_repeated_torch_function_with_a_result_of_another_layout_is_put_into_the_known_one(kernel):
+    results = [torch.arange(12.0).view(3, 4), torch.arange(12.0).view(4, 3).t()]
+    expected = results[1].clone()
+
+    @Repeated
+    def operation(x):
+        y = call(lambda _: results.pop(0), x)
+        launch(kernel, (1,), x, y, SIZE=1)
+        return y
+
+    operation(torch.zeros(3, 4))
+    y = operation(torch.zeros(3, 4))
+    assert y.stride() == (4, 1) and torch.equal(y, expected) and _addresses(kernel)[0][1] == y.data_ptr()
+
+
+def test_repeated_torch_function_that_gives_its_operand_back_runs_as_written_every_time(kernel):
+    calls: list = []
+
+    @Repeated
+    def operation(x):
+        calls.append(x)
+        return _copied(kernel, call(lambda y: y.view(4, 8), x))
+
+    for _ in range(3):
+        operation(torch.zeros(8, 4))
+    assert len(calls) == 3 and not kernel.launched
+
+
+def test_repeated_holds_no_more_memory_than_is_needed_at_a_time(kernel, monkeypatch):
+    made: list[int] = []
+    torch_empty = torch.empty
+
+    def counted(*arguments, **options):
+        tensor = torch_empty(*arguments, **options)
+        made.append(tensor.nbytes)
+        return tensor
+
+    @Repeated
+    def chain(x):
+        for _ in range(6):
+            x = _copied(kernel, x)
+        return x
+
+    chain(torch.zeros(1024))
+    monkeypatch.setattr(torch, "empty", counted)
+    chain(torch.zeros(1024))
+    inner = [one[1] for one in _addresses(kernel)][:-1]
+    assert made == [2 * 4096] and len(set(inner)) == 2
+    assert all(source != target for source, target in _addresses(kernel))
+
+
+def test_repeated_lets_go_of_a_torch_result_when_its_last_reader_is_launched(kernel):
+    import weakref
+
+    alive: list = []
+
+    def noted(x):
+        y = x + 1
+        alive.append(weakref.ref(y))
+        return y
+
+    def looks(x):
+        alive.append(alive[-1]() is not None)
+        return x + 1
+
+    @Repeated
+    def operation(x):
+        y = _copied(kernel, call(noted, x))
+        return _copied(kernel, call(looks, y))
+
+    operation(torch.zeros(8))
+    operation(torch.zeros(8))
+    assert alive[-1] is False
+
+
+def test_repeated_on_another_stream_launches_there(kernel, monkeypatch):
+    streams = iter((1, 2))
+    monkeypatch.setattr(plan, "_stream_getter", lambda: lambda device: next(streams))
+    double = doubling(kernel, [])
+    for _ in range(3):
+        double(torch.zeros(8, 4))
+    assert [arguments[3] for arguments in kernel.launched] == [1, 2]
+
+
+def test_repeated_in_two_threads_mixes_no_addresses(kernel):
+    from threading import Barrier, Thread
+
+    barrier, pairs = Barrier(2), []
+    chain = Repeated(lambda x: _copied(kernel, call(torch.neg, _copied(kernel, x))))
+    chain(torch.zeros(64))
+
+    def work():
+        barrier.wait()
+        for _ in range(50):
+            x = torch.zeros(64)
+            pairs.append((x, chain(x)))
+
+    threads = [Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    launched = _addresses(kernel)
+    ends = {(first[0], last[1]) for first, last in zip(launched[::2], launched[1::2], strict=True)}
+    assert ends == {(x.data_ptr(), y.data_ptr()) for x, y in pairs}
 
 
 def test_repeated_inside_another_is_a_part_of_it(kernel):
@@ -265,3 +416,42 @@ def test_compile_ahead_asks_for_each_kernel_once_and_launches_none(kernel, monke
     assert not kernel.dispatched and not kernel.launched
     double(torch.zeros(8, 4))
     assert len(kernel.dispatched) == 1
+
+
+def test_compile_ahead_goes_on_with_what_torch_gives(kernel, monkeypatch):
+    triton = pytest.importorskip("triton", reason="Triton is not installed: there is nothing to compile")
+    from contextlib import nullcontext
+
+    from stepquant.kernels.triton_ops.compile_ahead import compile_ahead
+
+    monkeypatch.setattr(triton, "AsyncCompileMode", lambda *_, **__: nullcontext())
+    asked: list = []
+    kernel.warmup = lambda *arguments, grid, **constants: asked.append(arguments[0].shape)
+    compile_ahead(lambda: _copied(kernel, call(torch.t, _copied(kernel, torch.zeros(8, 4)))), CPU)
+    assert asked == [(8, 4)] and not kernel.dispatched
+
+
+def test_first_call_lets_go_of_memory_as_the_function_does_and_is_repeated_all_the_same(kernel):
+    held = []
+
+    @Repeated
+    def twice(x):
+        first = empty((64, 64), x.dtype, CPU)
+        launch(kernel, (1,), x, first, SIZE=1)
+        memory = StorageWeakRef(first.untyped_storage())
+        second = empty((8, 8), x.dtype, CPU)
+        launch(kernel, (2,), first, second, SIZE=2)
+        kernel.dispatched.clear()  # which hold their operands
+        del first
+        held.append(not memory.expired())
+        third = empty((64, 64), x.dtype, CPU)  # may well lie where the first one did
+        launch(kernel, (3,), second, third, SIZE=3)
+        return third
+
+    twice(torch.zeros(4))
+    x = torch.zeros(4)
+    y = twice(x)
+    assert held == [False]
+    (_, *_, x_1, first, _), (_, *_, first_2, second, _), (_, *_, second_3, third, _) = kernel.launched
+    assert (x_1, third) == (x.data_ptr(), y.data_ptr()) and first == first_2 and second == second_3
+    assert y.shape == (64, 64) and first != second != third
