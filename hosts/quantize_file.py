@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
 from ..errors import CalibrationError, SchemeError
 from ..quant.calibration import Calibration, describe
 from ..quant.corrections.bias import with_corrected_bias
@@ -26,6 +28,7 @@ def quantize_file(
     progress: Callable[[int, int], None] | None = None,
     rounding: Rounding | None = None,
     correct_bias: bool = False,
+    moments: Callable[[str], Tensor | None] | None = None,
 ) -> QuantizedModel:
     """Write a quantized copy of an SDXL checkpoint, or of a file with its UNet alone.
 
@@ -34,6 +37,8 @@ def quantize_file(
         preset: name of a preset, or a recipe for this model. groups: timestep groups of a preset.
         progress: called with (layers done, layers in all).
         rounding: of 4-bit weights; None for plain.
+        moments: layer -> those of its input, to round its 8-bit weight by (quant/int8_rounding.py), or None for plain; asked for one
+            layer at a time.
         correct_bias: fold what rounding adds to the mean of a layer's output into its bias; needs a calibration.
     Returns: what was written.
     Raises: FormatError if a file cannot be read or written; ModelError if the source is not SDXL or quantized already;
@@ -50,21 +55,28 @@ def quantize_file(
         check_calibrated(recipe, calibration)
         if correct_bias and calibration is None:
             raise CalibrationError("bias correction: there is no calibration, whose rows tell the mean of every input. Calibrate first.")
-        model = _quantize(file, recipe, calibration, progress, rounding, correct_bias)
+        model = _quantize(file, recipe, calibration, progress, rounding, correct_bias, moments)
         model.base_model = {"name": Path(source).stem, "sha256": sha256_of(source)}
         write_model(out, model, VERSION)
     return model
 
 
 def _quantize(
-    file: TensorFile, recipe: Recipe, calibration: Calibration | None, progress, rounding: Rounding | None, correct_bias: bool
+    file: TensorFile,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    progress,
+    rounding: Rounding | None,
+    correct_bias: bool,
+    moments: Callable[[str], Tensor | None] | None,
 ) -> QuantizedModel:
     prefix = file.unet_prefix
     quantized = {}
     for done, (name, scheme) in enumerate(recipe.schemes.items(), 1):
         key = prefix + name
         weight, bias = file[f"{key}.weight"], file.get(f"{key}.bias")
-        quantized[name] = quantize_layer(name, weight, bias, scheme, recipe.groups_of(name), calibration, rounding)
+        found = moments(name) if moments is not None and not scheme.is_int4 and not scheme.is_fp8 else None
+        quantized[name] = quantize_layer(name, weight, bias, scheme, recipe.groups_of(name), calibration, rounding, found)
         if correct_bias:
             quantized[name] = with_corrected_bias(quantized[name], weight, calibration.layers.get(name))
         if progress is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,12 @@ def quantize_layer(
     Raises: WeightError if the weight or bias is NaN or infinite; CalibrationError if the layer was not observed; SchemeError if
         it has too few input channels for its groups.
     """
-    layer = _quantized_weight(name, weight.detach(), scheme, rounding or Rounding(), moments)
+    rounding = rounding or Rounding()
+    if scheme.rank and rounding.hessian is None and calibration is not None and name in calibration.layers:
+        # Plain codes, and a branch that knows what its input looks like: 256 rows gave the demo model's all but 0.4 dB of what 40
+        # prompts' Hessians give, 0 to 11 dB more than none.
+        rounding = replace(rounding, hessian=lambda _: _rows_hessian(calibration, name))
+    layer = _quantized_weight(name, weight.detach(), scheme, rounding, moments)
     if bias is not None:
         check_weight(bias, f"{name}.bias")
         layer.bias = bias.detach()
@@ -53,13 +60,19 @@ def quantize_layer(
 
 def _quantized_weight(name: str, weight: Tensor, scheme: Scheme, rounding: Rounding, moments: Tensor | None) -> QuantizedLayer:
     if scheme.is_int4:
-        int4 = rounding.round(weight, name)
-        return QuantizedLayer(int4.packed(), int4.scale, group_scale=int4.group_scale)
+        int4 = rounding.round(weight, name, scheme.rank)
+        branch = {} if int4.branch is None else {"branch_down": int4.branch.down, "branch_up": int4.branch.up}
+        return QuantizedLayer(int4.packed(), int4.scale, group_scale=int4.group_scale, **branch)
     if moments is not None and not scheme.is_fp8:
         quantized = gptq_int8(weight, moments.to(weight.device), name)
     else:
         quantized = quantize_weight(weight, name, FP8 if scheme.is_fp8 else torch.int8)
     return QuantizedLayer(quantized.codes, quantized.scale)
+
+
+def _rows_hessian(calibration: Calibration, name: str) -> Tensor:
+    rows = calibration.layers[name].rows.float()
+    return rows.t() @ rows
 
 
 def _group(

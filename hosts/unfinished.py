@@ -1,11 +1,37 @@
-"""Going on with a calibration that was cancelled: how far it came, and that it is the same one. Reads no files."""
+"""Calibrations that end before their last run: kept between runs, and gone on with if they are the same. Reads no files."""
 
 from __future__ import annotations
+
+import time
+from collections.abc import Callable
 
 from ..errors import CalibrationError
 from ..quant.calibration import Calibration
 
 RUNS_DONE = "runs_done"
+RESTS_PER_SAVE = 9  # times as long as it took: a large model's calibration is a gigabyte
+
+
+class Keeper:
+    """Keeps an unfinished calibration between two runs: a crash, which nobody can catch, then costs the runs since the last time."""
+
+    def __init__(self, keep: Callable[[Calibration], None] | None, done: int) -> None:
+        """keep: writes it; None keeps nothing. done: runs that are kept already."""
+        self._keep, self._kept, self._due = keep, done, 0.0
+
+    def run_ended(self, done: int, make: Callable[[], Calibration]) -> None:
+        """make: gives the calibration of `done` runs."""
+        if time.monotonic() >= self._due:
+            self.interrupted(done, make)
+
+    def interrupted(self, done: int, make: Callable[[], Calibration]) -> None:
+        """Cancelled, or out of memory, in a later run: that one is repeated."""
+        if self._keep is None or done <= self._kept:
+            return
+        start = time.monotonic()
+        self._keep(make())
+        end = time.monotonic()
+        self._kept, self._due = done, end + RESTS_PER_SAVE * (end - start)
 
 
 def runs_done(start: Calibration | None, summary: dict[str, object], runs: int) -> int:

@@ -18,6 +18,7 @@ from .sqnr import sqnr_db
 from .timestep import ScaleCurve
 from .weight import SMALLEST_SCALE
 
+WIDE_MAX = 127 * 256  # the largest of token16's codes
 # Relative energy below which noise is no noise: few rows may happen to be exact.
 LEAST_NOISE = 1e-12
 
@@ -64,12 +65,14 @@ def _simulated(
     rows, largest = statistics.rows.float(), 2 ** (bits - 1) - 1
     if scheme.activation is ActivationMode.FP16:
         return rows
-    if scheme.activation is ActivationMode.TOKEN:
+    if scheme.activation in (ActivationMode.TOKEN, ActivationMode.TOKEN16):
         if is_conv and not scheme.symmetric:
             return above_low(rows, _image_extreme(statistics, statistics.range_max), bits)
         size = rows.abs().amax(1)
         if is_conv:
             size = _image_extreme(statistics, torch.maximum(statistics.range_min.abs(), statistics.range_max.abs()))
+        if scheme.is_wide:
+            largest, bits = WIDE_MAX, 16
         return quantized_values(rows, size.clamp_min(SMALLEST_SCALE)[:, None] / largest, 0, True, bits)
     tables = Calibration({"layer": statistics}).tables("layer", scheme, groups, bits, importance)
     scale = tables.scale[statistics.row_bucket][:, None]

@@ -4,7 +4,8 @@ Keys: `model.diffusion_model.<layer>.qweight` int8, or F8_E4M3 of fp8 layers, (N
 fp32 (N,), `.bias`, `.act_scale` fp32 (64,) and `.act_zero_point` int32 (64,) of static layers, `.channel_order` int32 (K,) and
 `.channel_exponents` int8 (blocks,) of layers with channel groups, whose codes are stored in that order. Stock loaders find no `weight`
 and refuse.
-4-bit layers: `.qweight` uint8 (N, ceil(K / 128) * 64) packed as in int4.py, `.group_scale` int8 (K / 64, N) beside the channels' scales.
+4-bit layers: `.qweight` uint8 (N, ceil(K / 128) * 64) packed as in int4.py, `.group_scale` int8 (K / 64, N) beside the channels' scales;
+where the scheme has a rank R also `.branch_down` (R, K) and `.branch_up` (N, R), fp16 (low_rank.py).
 All other tensors keep their own names, text encoders and VAE of a whole checkpoint among them.
 """
 
@@ -30,9 +31,11 @@ from .timestep import NUM_BUCKETS
 from .weight import FP8
 
 HEADER_KEY = "stepquant"
-FORMAT_VERSION = 1
+# 2: a layer has a branch, without which its codes are another weight. Files without any are still written as 1, for older versions.
+FORMAT_VERSION, BRANCHES_VERSION = 2, 2
 FP8_NAN = 0x7F  # e4m3's only NaN, but for the sign
-OPTIONAL_PARTS = ("group_scale", "bias", "act_scale", "act_zero_point", "channel_order", "channel_exponents")
+BRANCH_PARTS = ("branch_down", "branch_up")
+OPTIONAL_PARTS = ("group_scale", "bias", "act_scale", "act_zero_point", "channel_order", "channel_exponents", *BRANCH_PARTS)
 
 
 @dataclass
@@ -42,6 +45,7 @@ class QuantizedLayer:
     group_scale: of 4-bit weights, whose qweight is packed; None elsewhere.
     channel_order, channel_exponents: as in channel_group.ChannelGrouping, of layers with channel groups. Their qweight holds
     the input channels in that order; None elsewhere.
+    branch_down, branch_up: as in low_rank.LowRank, of layers whose scheme has a rank; None elsewhere.
     """
 
     qweight: Tensor
@@ -52,6 +56,8 @@ class QuantizedLayer:
     channel_order: Tensor | None = None
     channel_exponents: Tensor | None = None
     group_scale: Tensor | None = None
+    branch_down: Tensor | None = None
+    branch_up: Tensor | None = None
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -97,7 +103,7 @@ def write_model(path: str | Path, model: QuantizedModel, library_version: str) -
             if tensor is not None:
                 tensors[f"{UNET_PREFIX}{name}.{part}"] = tensor
     header = {
-        "version": FORMAT_VERSION,
+        "version": BRANCHES_VERSION if any(scheme.rank for scheme in model.recipe.schemes.values()) else 1,
         "library_version": library_version,
         "kind": "checkpoint" if model.extra else "unet",
         "base_model": model.base_model,
@@ -127,6 +133,7 @@ def read_model(path: str | Path, device: torch.device | str = "cpu") -> Quantize
     for name, scheme in header.recipe.schemes.items():
         layers[name] = _take_layer(unet, name, path)
         _check_layer(layers[name], name, scheme, path)
+        _check_branch(layers[name], name, scheme.rank, header.version, path)
     for key in unet:
         if key.endswith(".qweight"):
             raise FormatError(f"{path}: {key}: has no scheme in the file's recipe. Quantize the model again.")
@@ -187,6 +194,24 @@ def _check_layer(layer: QuantizedLayer, name: str, scheme: Scheme, path: str | P
     K = layer.qweight.shape[-1]
     if scheme.is_grouped and not _is_grouping(layer, K, scheme.granularity):
         fail(f"channel_order must be a permutation of {K} channels, channel_exponents must descend to 0 in blocks of {scheme.granularity}")
+
+
+def _check_branch(layer: QuantizedLayer, name: str, rank: int, version: int, path: str | Path) -> None:
+    """Raise FormatError unless the layer's branch is of its scheme's rank, and its file of a version that has branches."""
+    found = [getattr(layer, part) for part in BRANCH_PARTS]
+    if not rank and all(part is None for part in found):
+        return
+    N, K = layer.weight_shape
+    expected = [(rank, K), (N, rank)]
+    fits = all(
+        part is not None and tuple(part.shape) == shape and part.dtype is torch.float16 and bool(torch.isfinite(part).all())
+        for part, shape in zip(found, expected, strict=True)
+    )
+    if not rank or version < BRANCHES_VERSION or not fits:
+        raise FormatError(
+            f"{path}: {name}: {' and '.join(BRANCH_PARTS)} must be finite, fp16 {' and '.join(map(str, expected))} for its scheme's rank "
+            f"{rank}, in a file of version {BRANCHES_VERSION} (this one: {version}). The file is damaged; download or make it again."
+        )
 
 
 def _is_int4(layer: QuantizedLayer) -> bool:

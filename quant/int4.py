@@ -8,12 +8,16 @@ codes in [-7, 7] on N(0, 1). code * group_scale is an int8, so products stay int
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import WeightError
 from .weight import check_weight
+
+if TYPE_CHECKING:
+    from .low_rank import LowRank
 
 GROUP_SIZE = 64
 CODE_MIN, CODE_MAX = -8, 7
@@ -29,19 +33,28 @@ ROWS_PER_BLOCK = 256
 
 @dataclass(frozen=True)
 class Int4Weight:
-    """codes: (N, K) int8 in [-8, 7]. group_scale: (K / 64, N) int8 in [-15, 15], not 0. scale: (N,) fp32 > 0."""
+    """codes: (N, K) int8 in [-8, 7]. group_scale: (K / 64, N) int8 in [-15, 15], not 0. scale: (N,) fp32 > 0.
+
+    branch: runs beside the codes, which then stand for what it leaves of the weight; None for none.
+    """
 
     codes: Tensor
     group_scale: Tensor
     scale: Tensor
+    branch: LowRank | None = None
 
     def step(self) -> Tensor:
         """(N, K / 64) fp32: the weight of one code of each group, with its sign."""
         return self.group_scale.t().float() * self.scale[:, None]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(N, K)."""
-        return (in_groups(self.codes).float() * self.step()[:, :, None]).view(self.codes.shape).to(dtype)
+        """(N, K), the branch included."""
+        weight = (in_groups(self.codes).float() * self.step()[:, :, None]).view(self.codes.shape)
+        return (weight if self.branch is None else weight + self.branch.dense()).to(dtype)
+
+    def to(self, device: torch.device | str) -> Int4Weight:
+        branch = None if self.branch is None else self.branch.to(device)
+        return Int4Weight(*(part.to(device) for part in (self.codes, self.group_scale, self.scale)), branch)
 
     def packed(self) -> Tensor:
         """(N, ceil(K / 128) * 64) uint8: byte j of block b holds code + 8 of channel 128 b + j in its low nibble and of
@@ -54,9 +67,14 @@ class Int4Weight:
 
 def int8_codes(qweight: Tensor, group_scale: Tensor) -> Tensor:
     """code * group_scale, (N, K) int8, of a packed weight and its stored group scales: the same weight with 8 bits, exactly."""
+    return (in_groups(unpacked(qweight, group_scale.shape[0])) * group_scale.t()[:, :, None]).flatten(1)
+
+
+def unpacked(qweight: Tensor, groups: int) -> Tensor:
+    """Inverse of Int4Weight.packed: codes (N, 64 * groups) int8."""
     blocks = qweight.unflatten(1, (-1, GROUP_SIZE))
-    nibbles = torch.stack([blocks & 15, blocks >> 4], 2).flatten(1, 2)[:, : group_scale.shape[0]]  # (N, G, 64)
-    return ((nibbles.to(torch.int8) - 8) * group_scale.t()[:, :, None]).flatten(1)
+    nibbles = torch.stack([blocks & 15, blocks >> 4], 2).flatten(1, 2)[:, :groups]  # (N, G, 64)
+    return (nibbles.to(torch.int8) - 8).flatten(1)
 
 
 def can_be_int4(shape: tuple[int, ...]) -> bool:

@@ -8,7 +8,7 @@ What of it reaches the UNet's output was measured (sensitivity.py). Weight and a
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,9 +20,10 @@ from .channel_group import max_groups, weight_energy
 from .int4 import GROUP_SIZE, can_be_int4
 from .int8_rounding import gptq_int8
 from .layers import LayerSpec, has_symmetric_input, needs_row_scales
+from .low_rank import low_rank_bytes
 from .observer import LayerStatistics
 from .rounding.method import Rounding
-from .scheme import ActivationMode, ComputeType, Scheme, token_scheme
+from .scheme import TOKEN16, ActivationMode, ComputeType, Scheme, token_scheme
 from .sensitivity import LayerSensitivity
 from .timestep import NUM_BUCKETS, ScaleCurve
 from .weight import dequantize_weight, quantize_weight
@@ -30,6 +31,7 @@ from .weight import dequantize_weight, quantize_weight
 FP16 = "fp16"
 WEIGHT_ONLY = "w8a16"
 TOKEN, STATIC, CHANNEL_GROUP = (mode.value for mode in (ActivationMode.TOKEN, ActivationMode.STATIC, ActivationMode.CHANNEL_GROUP))
+WIDE = ActivationMode.TOKEN16.value
 TOKEN_GROUP = "channel_group on token"  # channel groups whose base scale follows the row, or the image
 INT4_TOKEN, INT4_STATIC, INT4_WEIGHT_ONLY = "w4 token", "w4 static", "w4a16"
 
@@ -37,7 +39,13 @@ INT4_TOKEN, INT4_STATIC, INT4_WEIGHT_ONLY = "w4 token", "w4 static", "w4a16"
 # card that has them; a dynamic scale is one more pass over the input, channel groups shift inside the product. 4-bit weights are
 # unpacked in the product: 1.27 times int8's on an H200.
 TIME_PER_MAC = {FP16: 1.0, WEIGHT_ONLY: 1.05, STATIC: 0.5, TOKEN: 0.55, CHANNEL_GROUP: 0.6, TOKEN_GROUP: 0.65}
+# Two products, and a quantizer that writes twice as much: 1.17 times fp16's time in convolutions on an H200, 1.8 in Linears. Cards whose
+# int8 rate is four times fp16's were not measured.
+TIME_PER_MAC[WIDE] = 1.2
 TIME_PER_MAC |= {INT4_STATIC: 0.64, INT4_TOKEN: 0.69, INT4_WEIGHT_ONLY: 1.3}
+# Of a layer with a branch against the same without: two more small products and a pass over the input (SVDQuant, arXiv 2411.05007:
+# 57 % where nothing of it is fused, as here).
+BRANCH_TIME = 1.57
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,16 @@ class Option:
     def is_integer(self) -> bool:
         return self.label not in (FP16, WEIGHT_ONLY, INT4_WEIGHT_ONLY)
 
+    @property
+    def is_wide(self) -> bool:
+        return self.scheme is not None and self.scheme.is_wide
+
+    @property
+    def time_per_mac(self) -> float:
+        """Against fp16's."""
+        rank = 0 if self.scheme is None else self.scheme.rank
+        return TIME_PER_MAC[self.label.removesuffix(rank_suffix(rank))] * (BRANCH_TIME if rank else 1)
+
 
 @dataclass(frozen=True)
 class LayerOptions:
@@ -73,11 +91,19 @@ class LayerOptions:
         return next((option for option in self.options if option.label == label), None)
 
 
-def candidate_schemes(spec: LayerSpec, channel_groups: int = 1, granularity: int = 64, int4: bool = False) -> dict[str, Scheme | None]:
+def rank_suffix(rank: int) -> str:
+    """What an option's label ends in whose scheme has a branch."""
+    return f" r{rank}" if rank else ""
+
+
+def candidate_schemes(
+    spec: LayerSpec, channel_groups: int = 1, granularity: int = 64, int4: bool = False, ranks: Sequence[int] = ()
+) -> dict[str, Scheme | None]:
     """The schemes a plan may choose from for one layer, by label.
 
     Args: channel_groups: more than 1 adds channel groups where the layer has channels enough. granularity: the finest; layer_options
         takes the coarser one of activation_choice.granularities unless this gains FINER_GAIN_DB. int4: adds 4-bit weights where they fit.
+        ranks: of branches that 4-bit weights with integer products are offered with too, where they take less than half the codes' bytes.
     """
     found: dict[str, Scheme | None] = {TOKEN: token_scheme(spec.name)}
     groups = min(channel_groups, spec.in_channels // granularity)
@@ -93,7 +119,10 @@ def candidate_schemes(spec: LayerSpec, channel_groups: int = 1, granularity: int
     if int4 and can_be_int4(spec.shape):
         twins = {INT4_TOKEN: found[TOKEN], INT4_STATIC: found.get(STATIC), INT4_WEIGHT_ONLY: weight_only}
         found |= {label: replace(scheme, weight_bits=4) for label, scheme in twins.items() if scheme is not None}
-    return {**found, WEIGHT_ONLY: weight_only, FP16: None}
+        small = [rank for rank in ranks if low_rank_bytes(spec.shape, rank) < math.prod(spec.shape) // 4]
+        with_branches = [(label, rank) for label in (INT4_TOKEN, INT4_STATIC) if label in found for rank in small]
+        found |= {label + rank_suffix(rank): replace(found[label], rank=rank) for label, rank in with_branches}
+    return {**found, WIDE: TOKEN16, WEIGHT_ONLY: weight_only, FP16: None}
 
 
 def layer_options(
@@ -124,31 +153,41 @@ def layer_options(
         """(R,) noise energy of each row's output -> (V,) relative to the output's energy."""
         return _bucket_means(statistics, noise_rows.double().cpu(), rows.square().sum(1).double().cpu()) / ratio
 
-    rounded = _rounded_weights(spec.name, weight, {s.weight_bits for s in schemes.values() if s is not None}, rounding or Rounding())
-    weight_noise = {bits: per_bucket((rows @ (_as_matrix(one) - matrix)).square().sum(1)) for bits, one in rounded.items()}
-    if moments is not None and 8 in weight_noise:
-        weight_noise[8] = weight_noise[8] * rounding_gain(spec.name, weight, rounded[8], moments.to(weight.device))
-    is_conv = spec.is_conv and spec.shape[-1] > 1
+    kinds = {(scheme.weight_bits, scheme.rank) for scheme in schemes.values() if scheme is not None}
+    rounded, branches = _rounded_weights(spec.name, weight, kinds, rounding or Rounding())
+    weight_noise = {kind: per_bucket((rows @ (_as_matrix(one) - matrix)).square().sum(1)) for kind, one in rounded.items()}
+    if moments is not None and (8, 0) in weight_noise:
+        weight_noise[8, 0] = weight_noise[8, 0] * rounding_gain(spec.name, weight, rounded[8, 0], moments.to(weight.device))
     options, plain = [], []
     for label, scheme in schemes.items():
         local = torch.zeros_like(gain)
         if scheme is not None:
-            local = weight_noise[scheme.weight_bits]
+            local = weight_noise[scheme.weight_bits, scheme.rank]
         if scheme is not None and scheme.activation is not ActivationMode.FP16:
             found = []
+            # A branch reads floats: codes of the input meet only what it leaves of the weight.
+            met = matrix - _as_matrix(branches[scheme.rank]) if scheme.rank else matrix
             for one in _granularities(scheme, spec.in_channels):
-                grouping = choose_grouping(spec.name, statistics, weight, one, groups, is_conv) if one.is_grouped else None
-                energy = weight_energy(weight).cpu() if one.is_grouped else None
-                noisy = simulated_rows(statistics, one, groups, is_conv=is_conv, grouping=grouping, energy=energy).to(weight.device)
-                found.append((one, per_bucket(((noisy - rows) @ matrix).square().sum(1))))
+                noisy = _noisy_rows(spec, weight, statistics, one, groups)
+                found.append((one, per_bucket(((noisy - rows) @ met).square().sum(1))))
                 if _mean_log10(found[-1][1]) > min(plain, default=math.inf):
                     break  # finer groups will not make up for that
-            if not scheme.is_grouped:
+            if not scheme.is_grouped and not scheme.rank:
                 plain.append(_mean_log10(found[-1][1]))
             scheme, noise = _coarsest_good(found)
             local = local + noise
         options.append(Option(label, scheme, local, local * gain, stored_bytes(spec, scheme)))
     return LayerOptions(spec.name, statistics.buckets, _macs(spec, statistics), _worth_it(options), 2 * math.prod(spec.shape))
+
+
+def _noisy_rows(
+    spec: LayerSpec, weight: Tensor, statistics: LayerStatistics, scheme: Scheme, groups: tuple[int, ...] | ScaleCurve
+) -> Tensor:
+    """The recorded rows as the scheme's codes hold them, (R, K) fp32 on the weight's device."""
+    is_conv = spec.is_conv and spec.shape[-1] > 1
+    grouping = choose_grouping(spec.name, statistics, weight, scheme, groups, is_conv) if scheme.is_grouped else None
+    energy = weight_energy(weight).cpu() if scheme.is_grouped else None
+    return simulated_rows(statistics, scheme, groups, is_conv=is_conv, grouping=grouping, energy=energy).to(weight.device)
 
 
 def _mean_log10(noise: Tensor) -> float:
@@ -178,24 +217,30 @@ def _coarsest_good(found: list[tuple[Scheme, Tensor]]) -> tuple[Scheme, Tensor]:
     return found[-1] if gain >= FINER_GAIN_DB else found[0]
 
 
-def _rounded_weights(name: str, weight: Tensor, widths: Collection[int], rounding: Rounding) -> dict[int, Tensor]:
-    """fp32 weights of the layer's own shape that the codes of each width stand for."""
-    rounded = {}
-    if 8 in widths:
-        codes = quantize_weight(weight, name)
-        rounded[8] = dequantize_weight(codes.codes, codes.scale, torch.float32)
-    if 4 in widths:
-        rounded[4] = rounding.round(weight, name).dequantize()
-    return rounded
+def _rounded_weights(
+    name: str, weight: Tensor, kinds: Collection[tuple[int, int]], rounding: Rounding
+) -> tuple[dict[tuple[int, int], Tensor], dict[int, Tensor]]:
+    """fp32 weights of the layer's own shape that codes of each (bits, rank) stand for, and the branches in them by rank."""
+    rounded, branches = {}, {}
+    for bits, rank in kinds:
+        if bits == 4:
+            int4 = rounding.round(weight, name, rank)
+            rounded[bits, rank] = int4.dequantize()
+            if rank:
+                branches[rank] = int4.branch.dense()
+        else:
+            codes = quantize_weight(weight, name)
+            rounded[bits, rank] = dequantize_weight(codes.codes, codes.scale, torch.float32)
+    return rounded, branches
 
 
 def _worth_it(options: list[Option]) -> tuple[Option, ...]:
-    """Channel groups only where they make the layer's noise MIN_GAIN_DB less than any plain integer scheme."""
+    """Channel groups only where they make the layer's noise MIN_GAIN_DB less than any plain scheme of 8-bit codes."""
 
     def is_grouped(option: Option) -> bool:
         return option.scheme is not None and option.scheme.is_grouped
 
-    plain = [float(option.noise.mean()) for option in options if option.is_integer and not is_grouped(option)]
+    plain = [float(option.noise.mean()) for option in options if option.is_integer and not (is_grouped(option) or option.is_wide)]
     least = min(plain, default=math.inf) * 10 ** (-MIN_GAIN_DB / 10)
     return tuple(option for option in options if not is_grouped(option) or float(option.noise.mean()) <= least)
 
@@ -208,7 +253,8 @@ def stored_bytes(spec: LayerSpec, scheme: Scheme | None) -> int:
     tables = NUM_BUCKETS * (4 if scheme.symmetric else 8) if scheme.is_static else 0
     order = 4 * spec.in_channels + spec.in_channels // scheme.granularity if scheme.is_grouped else 0
     group_scales = count // GROUP_SIZE if scheme.is_int4 else 0
-    return count * scheme.weight_bits // 8 + group_scales + 4 * spec.shape[0] + tables + order
+    branch = low_rank_bytes(spec.shape, scheme.rank) if scheme.rank else 0
+    return count * scheme.weight_bits // 8 + group_scales + 4 * spec.shape[0] + tables + order + branch
 
 
 def _as_matrix(weight: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ for example `input_blocks.4.1.transformer_blocks.0.attn1.to_q`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,11 @@ class LayerSpec:
     @property
     def in_channels(self) -> int:
         return self.shape[1]
+
+    @property
+    def sum_length(self) -> int:
+        """Products that an output is the sum of: input channels, times the kernel's taps."""
+        return math.prod(self.shape[1:])
 
 
 def is_quantizable(name: str) -> bool:

@@ -1,8 +1,8 @@
 """Writes a quantized model as a file that ComfyUI opens without StepQuant: its own int8 format for Linears, fp16 convolutions.
 
 The codes and weight scales of Linears are kept bit for bit, as `int8_tensorwise` with one scale per output channel. What
-that format has no place for is left out: integer convolutions, calibrated activation scales, channel groups; fp8 codes, which
-are rounded to int8.
+that format has no place for is left out: integer convolutions, calibrated activation scales, channel groups; fp8 codes, and codes
+with a branch beside them, which are rounded to int8 with it.
 """
 
 from __future__ import annotations
@@ -53,8 +53,11 @@ def _linear(layer: QuantizedLayer, scheme: Scheme, name: str) -> dict[str, Tenso
     settings: dict[str, object] = {"format": FORMAT}
     if scheme.compute is ComputeType.FP16:
         settings["full_precision_matrix_mult"] = True
-    if scheme.is_fp8:
-        rounded = quantize_weight(dequantize_weight(layer.qweight, layer.weight_scale, torch.float32), name)
+    if scheme.is_fp8 or layer.branch_up is not None:
+        codes = layer.qweight if scheme.is_fp8 else int8_codes(layer.qweight, layer.group_scale)
+        weight = dequantize_weight(codes, layer.weight_scale, torch.float32)
+        weight = weight if layer.branch_up is None else weight + layer.branch_up.float() @ layer.branch_down.float()
+        rounded = quantize_weight(weight, name)
         layer = QuantizedLayer(rounded.codes, rounded.scale)
     return {
         "weight": _original_order(layer),

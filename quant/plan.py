@@ -43,6 +43,7 @@ class Plan:
 
     local_sqnr_db: of each layer's own output, mean of dB over buckets; inf if it stays 16 bit. noise_share: of each layer in
     the noise of the UNet's output, in [0, 1]. vram_bytes: of the weights, one dequantized layer included.
+    wide_share: of the multiply-adds, in [0, 1], those of 16-bit codes: integers as the others, but done twice.
     """
 
     recipe: Recipe
@@ -55,6 +56,7 @@ class Plan:
     vram_bytes: int
     integer_share: float
     frontier: tuple[FrontierPoint, ...] = ()
+    wide_share: float = 0.0
 
     @property
     def mean_db(self) -> float:
@@ -70,10 +72,11 @@ class Plan:
         counts = {label: list(self.choices.values()).count(label) for label in dict.fromkeys(self.choices.values())}
         worst_db, worst_bucket = min(zip(self.sqnr_db, self.buckets, strict=True))
         noisiest = sorted(self.noise_share, key=self.noise_share.get, reverse=True)[:3]
+        twice = f"; {100 * self.wide_share:.1f} % with 16-bit codes, which take two products" if self.wide_share else ""
         return [
             "layers: " + ", ".join(f"{count} {label}" for label, count in sorted(counts.items(), key=lambda entry: -entry[1])),
             f"predicted SQNR of the UNet's output: {self.mean_db:.1f} dB, worst {worst_db:.1f} dB in bucket {worst_bucket}",
-            f"integer multiply-adds: {100 * self.integer_share:.1f} % of those outside the never-quantized layers",
+            f"integer multiply-adds: {100 * self.integer_share:.1f} % of those outside the never-quantized layers{twice}",
             f"UNet file {self.size_bytes / 1e6:.1f} MB; weights in memory {self.vram_bytes / 1e6:.1f} MB with one dequantized layer",
             f"stays 16 bit: {', '.join(self.kept_16_bit) or 'no quantizable layer'}",
             "most of the noise: " + ", ".join(f"{name} {100 * self.noise_share[name]:.0f} %" for name in noisiest),
@@ -90,7 +93,8 @@ def measure_options(
     granularity: int = 64,
     progress: Callable[[int, int], None] | None = None,
     rounding: Rounding | None = None,
-    moments: Mapping[str, Tensor] | None = None,
+    moments: Callable[[str], Tensor | None] | None = None,
+    ranks: Sequence[int] = (),
 ) -> list[LayerOptions]:
     """Noise and bytes of every scheme of every layer.
 
@@ -99,7 +103,8 @@ def measure_options(
         protected: names or patterns (`*.ff.net.2`) of layers that stay 16 bit.
         channel_groups, granularity: as layer_noise.candidate_schemes takes them.
         progress: called with (layers done, layers in all).
-        rounding: offers 4-bit weights too, rounded so; None: 8 bits only. moments: by layer, where int8 weights will be rounded by them.
+        rounding: offers 4-bit weights too, rounded so; None: 8 bits only. moments: layer -> what its int8 weights will be rounded by.
+        ranks: of low-rank branches that 4-bit weights may have.
     Raises: CalibrationError if a layer was not observed or not probed; PlanError if a pattern fits no layer.
     """
     _check_patterns(layers, protected)
@@ -111,9 +116,9 @@ def measure_options(
         if name not in calibration.sensitivity:
             raise CalibrationError(f"{name}: its sensitivity was not measured, and a plan needs it. Calibrate again with sensitivity on.")
         kept = any(fnmatch.fnmatchcase(name, pattern) for pattern in protected)
-        schemes = {FP16: None} if kept else candidate_schemes(spec, channel_groups, granularity, int4=rounding is not None)
+        schemes = {FP16: None} if kept else candidate_schemes(spec, channel_groups, granularity, rounding is not None, ranks)
         statistics, sensitivity = calibration.layers[name], calibration.sensitivity[name]
-        rounded = (rounding, (moments or {}).get(name))
+        rounded = (rounding, None if moments is None else moments(name))
         measured.append(layer_options(spec, weight_of(name), statistics, sensitivity, recipe.groups_of(name), schemes, *rounded))
         if progress is not None:
             progress(done, len(layers))
@@ -171,6 +176,7 @@ def _to_plan(program: Program, chosen: Sequence[int], grouping: Grouping) -> Pla
         size_bytes=size,
         vram_bytes=size + program.largest_layer,
         integer_share=program.total(program.integer_macs, chosen) / program.macs,
+        wide_share=program.total(program.wide_macs, chosen) / program.macs,
     )
 
 

@@ -11,7 +11,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
 from ..errors import PlanError
-from .layer_noise import TIME_PER_MAC, LayerOptions, Option
+from .layer_noise import LayerOptions, Option
 
 # The mean of dB over steps is not linear in the noise: noise is weighed by 1 / (the step's total), which is its slope, and
 # the weights are taken anew from the solution.
@@ -28,7 +28,8 @@ class Budget:
     """What a plan must keep to; None: no limit.
 
     size_bytes: of the UNet's file. vram_bytes: of its weights while sampling, one dequantized layer included.
-    sqnr_db: floor of the predicted SQNR; the plan is then the fastest that reaches it, else the best that fits.
+    sqnr_db: floor of the predicted SQNR; the plan is then the fastest that reaches it, else the best that fits. Only to reach a floor
+        are 16-bit codes used: they take twice the time, and the best plan would have nothing else.
     integer_share: of the multiply-adds, in [0, 1].
     """
 
@@ -49,8 +50,9 @@ class Program:
         pairs = [(one, option) for one in layers for option in one.options]
         self.noise = np.stack([self.spread(one, option) for one, option in pairs])  # (variables, buckets)
         self.size = np.array([float(option.stored_bytes) for _, option in pairs])
+        self.wide_macs = np.array([one.macs * option.is_wide for one, option in pairs])
         self.integer_macs = np.array([one.macs * option.is_integer for one, option in pairs])
-        self.time = np.array([one.macs * TIME_PER_MAC[option.label] for one, option in pairs])
+        self.time = np.array([one.macs * option.time_per_mac for one, option in pairs])
         self.macs = sum(one.macs for one in layers)
         self.largest_layer = max(one.dequantized_bytes for one in layers)
         offsets = np.cumsum([0, *(len(one.options) for one in layers)])
@@ -122,9 +124,10 @@ class Program:
         rules.append(LinearConstraint(self.integer_macs / self.macs, budget.integer_share - 1e-9, np.inf))
         if noise is not None:
             rules.append(LinearConstraint(noise, -np.inf, 1 + 1e-6))
+        highest = np.ones(len(objective)) if budget.sqnr_db is not None else np.where(self.wide_macs > 0, 0.0, 1.0)
         options = {"time_limit": SECONDS_PER_PROGRAM, "mip_rel_gap": RELATIVE_GAP, "presolve": self._presolve}
         unit = np.abs(objective).max() or 1.0
-        result = milp(objective / unit, constraints=rules, integrality=np.ones(len(objective)), bounds=Bounds(0, 1), options=options)
+        result = milp(objective / unit, constraints=rules, integrality=np.ones(len(objective)), bounds=Bounds(0, highest), options=options)
         if result.x is None:
             raise self._nothing_fits(budget)
         ends = [*self._first[1:], len(objective)]

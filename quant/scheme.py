@@ -12,6 +12,7 @@ from .layers import dynamic_low
 class ActivationMode(str, Enum):
     FP16 = "fp16"  # input stays 16 bit, weight is dequantized
     TOKEN = "token"  # dynamic: one scale per row; per image for a 3x3 conv
+    TOKEN16 = "token16"  # the same with 16-bit codes in two int8 planes: two integer products, as exact as fp16
     STATIC = "static"  # calibrated: one scale and zero point per timestep group
     CHANNEL_GROUP = "channel_group"  # calibrated: input channels in groups with scales of power-of-two ratios (DGQ)
 
@@ -28,6 +29,7 @@ WEIGHT_BITS = (8, 4)
 GRANULARITIES = (8, 16, 32, 64, 128)
 MAX_CHANNEL_GROUPS = 16  # the most that DGQ reports (arXiv 2501.04304, table 2)
 _GROUP_FIELDS = ("channel_groups", "granularity", "group_base")
+MAX_RANK = 256  # SVDQuant's int4 models have 32 (arXiv 2411.05007)
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Scheme:
 
     Of channel_group only: channel_groups: at most so many, 1 to 16. granularity: a group holds a multiple of so many
     channels, but for the layer's last ones. group_base: where the scale that all groups share comes from, TOKEN or STATIC.
+    Of 4-bit Linears only: rank: of the 16-bit branch beside the codes (low_rank.py); 0 for none.
     """
 
     weight_bits: int = 8
@@ -46,6 +49,7 @@ class Scheme:
     channel_groups: int = 1
     granularity: int = 64
     group_base: ActivationMode = ActivationMode.STATIC
+    rank: int = 0
 
     @property
     def is_int4(self) -> bool:
@@ -54,6 +58,11 @@ class Scheme:
     @property
     def is_fp8(self) -> bool:
         return self.compute is ComputeType.FP8
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the activation has 16-bit codes, in two planes."""
+        return self.activation is ActivationMode.TOKEN16
 
     @property
     def is_grouped(self) -> bool:
@@ -69,13 +78,15 @@ class Scheme:
         return self.is_static or self.is_grouped
 
     def to_json(self) -> dict[str, object]:
-        fields = {key: value for key, value in asdict(self).items() if self.is_grouped or key not in _GROUP_FIELDS}
+        left_out = set() if self.is_grouped else set(_GROUP_FIELDS)
+        left_out |= set() if self.rank else {"rank"}  # older versions refuse fields that they do not know
+        fields = {key: value for key, value in asdict(self).items() if key not in left_out}
         return {key: value.value if isinstance(value, Enum) else value for key, value in fields.items()}
 
     @classmethod
     def from_json(cls, data: object, layer: str) -> Scheme:
         """Raises SchemeError if `data` holds a field or value this version does not know."""
-        known = {"weight_bits", "activation", "symmetric", "compute", *_GROUP_FIELDS}
+        known = {"weight_bits", "activation", "symmetric", "compute", "rank", *_GROUP_FIELDS}
         if not isinstance(data, dict) or set(data) - known:
             raise SchemeError(f"{layer}: unknown scheme {data!r}. Update StepQuant, or quantize the model again.")
         try:
@@ -87,6 +98,7 @@ class Scheme:
                 channel_groups=data.get("channel_groups", 1),
                 granularity=data.get("granularity", 64),
                 group_base=ActivationMode(data.get("group_base", "static")),
+                rank=data.get("rank", 0),
             )
         except ValueError as error:
             raise SchemeError(f"{layer}: {error}. Update StepQuant, or quantize the model again.") from None
@@ -103,7 +115,17 @@ class Scheme:
                 f"{scheme.symmetric}; this version runs it with 8 bits and dynamic, symmetric scales. Update StepQuant, or quantize the "
                 "model again."
             )
+        if scheme.is_wide and scheme != TOKEN16:
+            raise SchemeError(
+                f"{layer}: token16 with {scheme.weight_bits}-bit weights, {scheme.compute.value} compute, symmetric {scheme.symmetric}; "
+                "this version runs it with 8-bit weights in int8 and symmetric scales. Update StepQuant, or quantize the model again."
+            )
         scheme._check_groups(layer)
+        if type(scheme.rank) is not int or not 0 <= scheme.rank <= (MAX_RANK if scheme.is_int4 else 0):
+            raise SchemeError(
+                f"{layer}: a branch of rank {scheme.rank!r} beside {scheme.weight_bits}-bit weights; 4-bit ones can have one, of rank "
+                f"{MAX_RANK} at most. Update StepQuant, or quantize the model again."
+            )
         return scheme
 
     def _check_groups(self, layer: str) -> None:
@@ -117,6 +139,7 @@ class Scheme:
 
 
 FP8 = Scheme(compute=ComputeType.FP8)
+TOKEN16 = Scheme(activation=ActivationMode.TOKEN16)
 
 
 def token_scheme(layer: str) -> Scheme:

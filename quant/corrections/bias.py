@@ -25,6 +25,8 @@ def with_corrected_bias(layer: QuantizedLayer, weight: Tensor, statistics: Layer
         return layer
     codes = layer.qweight if layer.group_scale is None else int8_codes(layer.qweight, layer.group_scale)
     rounded = dequantize_weight(codes, layer.weight_scale, torch.float32, layer.channel_order)
+    if layer.branch_up is not None:
+        rounded = rounded + layer.branch_up.float() @ layer.branch_down.float()
     shift = bias_shift(weight, rounded, statistics.rows)
     return replace(layer, bias=(layer.bias.float() + shift).to(layer.bias.dtype))
 

@@ -9,7 +9,7 @@ with them and at 24.4 dB with signed steps, both from plain rounding's 19.8 dB.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -39,20 +39,26 @@ class RoundedLinear(nn.Module):
     """A Linear in training: each weight's place between codes is fixed, how far it moves from there is learned."""
 
     def __init__(self, linear: nn.Linear, start: Int4Weight) -> None:
-        """start: codes to begin with, whose scales are kept."""
+        """start: codes to begin with, whose scales are kept, and the branch beside them."""
         super().__init__()
-        self._group_scale, self._scale = start.group_scale, start.scale
+        self._start = start
         codes = start.codes.float()
         self.register_buffer("step", start.step().repeat_interleave(GROUP_SIZE, 1), persistent=False)
-        offset = linear.weight.detach().float() / self.step - codes
+        weight = linear.weight.detach().float()
+        offset = (weight if start.branch is None else weight - start.branch.dense()) / self.step - codes
         self.register_buffer("place", codes + torch.where(offset.abs() < 0.5, offset, FAR * offset.sign()), persistent=False)
         self.move = nn.Parameter(torch.zeros_like(codes))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        x, branch = x.float(), self._start.branch
+        y = F.linear(x, self.soft_codes() * self.step, self.bias)
+        return y if branch is None else y + F.linear(F.linear(x, branch.down.float()), branch.up.float())
+
+    def soft_codes(self) -> Tensor:
+        """(N, K): whole numbers, whose gradients go to `move` as if they were not."""
         moved = self.place + self.move
-        codes = moved + (moved.round() - moved).detach()
-        return F.linear(x.float(), codes.clamp(CODE_MIN, CODE_MAX) * self.step, self.bias)
+        return (moved + (moved.round() - moved).detach()).clamp(CODE_MIN, CODE_MAX)
 
     def descend(self, share: float) -> None:
         """One signed step of so much of a code against the gradient, which is then forgotten."""
@@ -61,8 +67,7 @@ class RoundedLinear(nn.Module):
         self.move.grad = None
 
     def result(self) -> Int4Weight:
-        codes = (self.place + self.move.detach()).round().clamp(CODE_MIN, CODE_MAX)
-        return Int4Weight(codes.to(torch.int8), self._group_scale, self._scale)
+        return replace(self._start, codes=self.soft_codes().detach().round().to(torch.int8))
 
 
 def learn_rounding(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,12 +13,14 @@ import torch
 from ...errors import CalibrationError, FormatError
 from ..atomic_file import save_tensors
 from ..int4 import CODE_MAX, CODE_MIN, GROUP_SIZE, MAX_GROUP_SCALE, Int4Weight
+from ..low_rank import LowRank
 from ..safe_header import open_tensors
 
 ROUNDED_KEY = "stepquant_rounded"
-ROUNDED_VERSION = 1
+ROUNDED_VERSION, BRANCHES_VERSION = 2, 2  # files without branches are still written as 1, for older versions
 _KIND = "rounded weights of StepQuant"
 _PARTS = ("codes", "group_scale", "scale")
+_BRANCH_PARTS = ("branch_down", "branch_up")
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,11 @@ class RoundedFolder:
     def write(self, block: str, weights: Mapping[str, Int4Weight]) -> None:
         """weights: by layer name. Raises: FormatError if they cannot be written."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        header = {"version": ROUNDED_VERSION, "summary": dict(self.summary or {})}
+        branches = {name: weight.branch for name, weight in weights.items() if weight.branch is not None}
+        header = {"version": BRANCHES_VERSION if branches else 1, "summary": dict(self.summary or {})}
         tensors = {f"{name}.{part}": getattr(weight, part).cpu().contiguous() for name, weight in weights.items() for part in _PARTS}
+        for name, branch in branches.items():
+            tensors |= {f"{name}.branch_down": branch.down.cpu(), f"{name}.branch_up": branch.up.cpu()}
         save_tensors(self._path(block), tensors, {ROUNDED_KEY: json.dumps(header)})
         vars(self).pop("_file_of", None)  # what was read of the folder before
 
@@ -57,6 +62,8 @@ class RoundedFolder:
             return None
         with open_tensors(path, ROUNDED_KEY, ROUNDED_VERSION, _KIND) as (_, file):
             weight = Int4Weight(*(file.get_tensor(f"{layer}.{part}") for part in _PARTS))
+            if f"{layer}.{_BRANCH_PARTS[0]}" in file.keys():  # noqa: SIM118 - safetensors' handle is no dict
+                weight = replace(weight, branch=LowRank(*(file.get_tensor(f"{layer}.{part}") for part in _BRANCH_PARTS)))
         if not _is_sound(weight, shape):
             raise FormatError(f"{path}: {layer}: damaged, or of another model than one with a weight {shape}. Round this model again.")
         return weight
@@ -83,6 +90,16 @@ def _is_sound(weight: Int4Weight, shape: tuple[int, ...]) -> bool:
         tensor = getattr(weight, part)
         if tuple(tensor.shape) != size or tensor.dtype is not dtype:
             return False
+    if weight.branch is not None and not _is_branch(weight.branch, shape):
+        return False
     codes, steps, scale = weight.codes, weight.group_scale.short().abs(), weight.scale
     in_range = int(codes.min()) >= CODE_MIN and int(codes.max()) <= CODE_MAX
     return in_range and int(steps.min()) >= 1 and int(steps.max()) <= MAX_GROUP_SCALE and bool((scale > 0).all() & scale.isfinite().all())
+
+
+def _is_branch(branch: LowRank, shape: tuple[int, ...]) -> bool:
+    if branch.down.ndim != 2 or branch.up.ndim != 2 or (branch.up.shape[0], branch.down.shape[1]) != shape:
+        return False
+    parts = (branch.down, branch.up)
+    sound = all(part.dtype is torch.float16 and bool(part.isfinite().all()) for part in parts)
+    return sound and branch.down.shape[0] == branch.up.shape[1] > 0

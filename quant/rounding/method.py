@@ -11,6 +11,7 @@ from torch import Tensor
 from ...errors import CalibrationError, SchemeError
 from ..int4 import Int4Weight, check_int4, quantize_int4
 from ..layers import LayerSpec
+from ..low_rank import ROUNDS, STARTS, int4_beside_low_rank
 from .gptq import SWEEPS, gptq_int4
 from .hessian import hessian_bytes, uses_hessian
 
@@ -19,33 +20,56 @@ class RoundingMethod(str, Enum):
     PLAIN = "plain"  # to nearest, group scales of least error
     GPTQ = "gptq"  # least error of the layer's output on calibration rows
     RECONSTRUCT = "reconstruct"  # least error of a whole block's output, learned beforehand; GPTQ or plain outside of those blocks
+    QUEST = "quest"  # codes and scales of feed-forward and time layers tuned beforehand for the UNet's output; the rest as RECONSTRUCT
+
+
+LEARNED = (RoundingMethod.RECONSTRUCT, RoundingMethod.QUEST)
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """hessian: layer name -> (K, K) fp32 on any device, for GPTQ (HessianFolder.read). rounded: layer name and shape -> codes that
-    were learned, or None (RoundedFolder.find)."""
+    """hessian: layer name -> (K, K) fp32 on any device, for GPTQ and branches, or None to round plainly (HessianFolder.read and find).
+    rounded: layer name and shape -> codes that were learned, or None (RoundedFolder.find)."""
 
     method: RoundingMethod = RoundingMethod.PLAIN
-    hessian: Callable[[str], Tensor] | None = None
+    hessian: Callable[[str], Tensor | None] | None = None
     rounded: Callable[[str, tuple[int, ...]], Int4Weight | None] | None = None
 
     def __post_init__(self) -> None:
         if self.method is RoundingMethod.GPTQ and self.hessian is None:
             raise CalibrationError("rounding gptq: there are no Hessians. Gather them on a few prompts, or use plain rounding.")
-        if self.method is RoundingMethod.RECONSTRUCT and self.rounded is None:
-            raise CalibrationError("rounding reconstruct: nothing was learned. Run `reconstruct` first, or use plain rounding.")
+        if self.method in LEARNED and self.rounded is None:
+            name = self.method.value
+            raise CalibrationError(f"rounding {name}: nothing was learned. Run `{name}` first, or use plain rounding.")
 
-    def round(self, weight: Tensor, layer: str) -> Int4Weight:
-        """Weight (N, K) -> 4-bit codes and scales. Raises: as quantize_int4 and gptq_int4, and what hessian and rounded raise."""
-        if self.method is RoundingMethod.RECONSTRUCT:
-            check_int4(weight, layer)
+    def round(self, weight: Tensor, layer: str, rank: int = 0) -> Int4Weight:
+        """Weight (N, K) -> 4-bit codes and scales, with a branch of this rank beside them (low_rank.py) if it is not 0.
+
+        Raises: as quantize_int4, gptq_int4 and int4_beside_low_rank, and what hessian and rounded raise; CalibrationError if codes
+            were learned with a branch of another rank.
+        """
+        check_int4(weight, layer)
+        if self.method in LEARNED:
             found = self.rounded(layer, tuple(weight.shape))
             if found is not None:
-                return Int4Weight(*(part.to(weight.device) for part in (found.codes, found.group_scale, found.scale)))
-        if self.method is RoundingMethod.PLAIN or self.hessian is None or not uses_hessian(layer):
-            return quantize_int4(weight, layer)
-        return gptq_int4(weight, self.hessian(layer).to(weight.device), layer)
+                _check_rank(found, rank, layer)
+                return found.to(weight.device)
+        hessian = self.hessian(layer) if self.hessian is not None and uses_hessian(layer) else None
+        hessian = None if hessian is None else hessian.to(weight.device)
+
+        def rounded(weight: Tensor) -> Int4Weight:
+            plain = self.method is RoundingMethod.PLAIN or hessian is None
+            return quantize_int4(weight, layer) if plain else gptq_int4(weight, hessian, layer)
+
+        return int4_beside_low_rank(weight, rank, layer, rounded, hessian) if rank else rounded(weight)
+
+
+def _check_rank(found: Int4Weight, rank: int, layer: str) -> None:
+    known = 0 if found.branch is None else found.branch.rank
+    if known != rank:
+        raise CalibrationError(
+            f"{layer}: its codes were learned beside a branch of rank {known}, and the recipe has rank {rank}. Learn them with this recipe."
+        )
 
 
 @dataclass(frozen=True)
@@ -68,12 +92,18 @@ def rounding_method(name: str) -> RoundingMethod:
     return RoundingMethod(name)
 
 
-def rounding_cost(method: RoundingMethod, layers: Mapping[str, LayerSpec]) -> RoundingCost:
+def rounding_cost(method: RoundingMethod, layers: Mapping[str, LayerSpec], ranks: Mapping[str, int] | None = None) -> RoundingCost:
     """What rounding these Linears takes; gathering Hessians and learning blocks are not included, their hosts know what they take.
 
-    Plain: some 40 operations a weight. GPTQ, and reconstruct at most: 2 K for the pass and 2 K for each sweep, and K^3 for the factors
-    of each Hessian.
+    Plain: some 40 operations a weight. GPTQ, and what was learned at most: 2 K for the pass and 2 K for each sweep, and K^3 for the
+    factors of each Hessian. Layers with a branch (ranks: by name) are rounded several times.
     """
+    beside = {name: spec for name, spec in layers.items() if (ranks or {}).get(name)}
+    if beside:
+        alone = rounding_cost(method, {name: spec for name, spec in layers.items() if name not in beside})
+        repeated = rounding_cost(method, beside)
+        operations = alone.operations + STARTS * ROUNDS * repeated.operations
+        return RoundingCost(operations, max(alone.peak_bytes, 2 * repeated.peak_bytes), alone.disk_bytes + repeated.disk_bytes)
     weights = float(sum(spec.shape[0] * spec.in_channels for spec in layers.values()))
     largest = max((spec.shape[0] * spec.in_channels for spec in layers.values()), default=0)
     if method is RoundingMethod.PLAIN:

@@ -19,6 +19,7 @@ from stepquant.quant.layer_noise import (
     TIME_PER_MAC,
     TOKEN,
     WEIGHT_ONLY,
+    WIDE,
     LayerOptions,
     Option,
     candidate_schemes,
@@ -31,7 +32,7 @@ from stepquant.quant.plan import make_plan, measure_options, uniform_plan, unqua
 from stepquant.quant.plan_program import Budget, Program
 from stepquant.quant.recipe import Recipe
 from stepquant.quant.rounding.method import Rounding
-from stepquant.quant.scheme import ActivationMode, Scheme
+from stepquant.quant.scheme import TOKEN16, ActivationMode, ComputeType, Scheme
 from stepquant.quant.sensitivity import LayerSensitivity
 from stepquant.quant.timestep import uniform_groups
 
@@ -108,6 +109,22 @@ def test_plan_keeps_the_layer_in_16_bit_that_matters_most():
     assert plan.mean_db == pytest.approx(-10 * math.log10(2e-4))
     assert any("stays 16 bit: loud" in line for line in plan.lines())
     assert any("integer multiply-adds: 99.0 %" in line for line in plan.lines())
+
+
+def test_plan_takes_16_bit_codes_only_to_reach_a_floor_and_says_how_many_products_run_twice():
+    noises = {TOKEN: 1e-4, WIDE: 1e-7, FP16: 0.0}
+    layers = [options("loud", {**noises, TOKEN: 1e-2}, macs=10), options("quiet", noises, macs=40), options("mild", noises, macs=50)]
+    assert set(make_plan(layers, Budget(integer_share=1.0), UNIFORM, 0).choices.values()) == {TOKEN}
+    plan = make_plan(layers, Budget(sqnr_db=35.0, integer_share=1.0), UNIFORM, 0)
+    assert plan.choices == {"loud": WIDE, "quiet": TOKEN, "mild": TOKEN}
+    assert plan.integer_share == 1.0 and plan.wide_share == pytest.approx(0.1) and plan.mean_db >= 35
+    assert any("10.0 % with 16-bit codes, which take two products" in line for line in plan.lines())
+    assert plan.recipe.schemes["loud"] == TOKEN16
+
+
+def test_plan_prefers_float_products_to_16_bit_codes_where_integers_need_not_be():
+    layers = [options("loud", {TOKEN: 1e-2, WIDE: 1e-7, FP16: 0.0}, macs=1), options("quiet", {TOKEN: 1e-4, FP16: 0.0}, macs=99)]
+    assert make_plan(layers, Budget(sqnr_db=35.0), UNIFORM, 0).choices["loud"] == FP16
 
 
 def test_noise_shares_sum_to_one_and_name_the_loudest():
@@ -193,6 +210,18 @@ def test_layer_noise_of_one_static_scale_grows_where_the_input_is_small():
     assert eight.local_noise[0] < 3 * eight.local_noise[2]
 
 
+def test_layer_noise_of_8_bit_weights_is_less_if_they_are_rounded_by_moments():
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randn(400, 8, generator=generator) @ torch.randn(8, 64, generator=generator)
+    observer = LayerObserver(64)
+    observer.update(rows[None], [3])
+    weight = torch.randn(32, 64, generator=generator)
+    given = (LayerSpec("middle_block.1.proj_in", (32, 64)), weight, observer.statistics(), sensitivity(), uniform_groups(1))
+    schemes = {WEIGHT_ONLY: Scheme(activation=ActivationMode.FP16, compute=ComputeType.FP16)}
+    plain, rounded = (layer_options(*given, schemes, moments=one).options[0].noise for one in (None, rows.t() @ rows / len(rows)))
+    assert float(rounded) < float(plain) / 2
+
+
 def test_convolution_counts_its_taps_and_its_stride():
     plain, strided = LayerSpec("output_blocks.2.2.conv", (8, 8, 3, 3)), LayerSpec("input_blocks.3.0.op", (8, 8, 3, 3))
     statistics = observed("", 8)[0].statistics()
@@ -201,15 +230,26 @@ def test_convolution_counts_its_taps_and_its_stride():
     assert macs == [1200 * 8 * 8 * 9, 1200 * 8 * 8 * 9 / 4]
 
 
+@pytest.mark.parametrize("spec", [LayerSpec("middle_block.1.proj_in", (48, 64)), LayerSpec("middle_block.0.in_layers.2", (48, 64, 3, 3))])
+def test_16_bit_codes_leave_the_weights_noise_and_no_other(spec):
+    observer, _ = observed(spec.name, 64)
+    weight = torch.randn(spec.shape, generator=torch.Generator().manual_seed(1))
+    found = layer_options(spec, weight, observer.statistics(), sensitivity(), uniform_groups(1), candidate_schemes(spec, 4, 16))
+    assert found.find(WIDE).noise.tolist() == pytest.approx(found.find(WEIGHT_ONLY).noise.tolist(), rel=1e-3)
+    assert found.find(WIDE).is_integer and found.find(WIDE).stored_bytes == found.find(WEIGHT_ONLY).stored_bytes
+    assert bool((found.find(TOKEN).noise > 1.5 * found.find(WIDE).noise).all())
+
+
 def test_candidates_of_layers_with_a_scale_per_row_have_no_static_one():
     assert STATIC not in candidate_schemes(LayerSpec("input_blocks.4.1.transformer_blocks.0.attn2.to_k", (64, 64)))
-    assert list(candidate_schemes(LayerSpec("middle_block.1.proj_in", (64, 64)))) == [TOKEN, STATIC, WEIGHT_ONLY, FP16]
+    assert list(candidate_schemes(LayerSpec("middle_block.1.proj_in", (64, 64)))) == [TOKEN, STATIC, WIDE, WEIGHT_ONLY, FP16]
     assert set(candidate_schemes(LayerSpec("middle_block.1.proj_in", (64, 512)), channel_groups=4)) <= set(TIME_PER_MAC)
 
 
 def test_candidates_with_4_bits_are_for_linears_of_whole_groups():
     linear = candidate_schemes(LayerSpec("middle_block.1.proj_in", (64, 64)), int4=True)
-    assert set(linear) == {TOKEN, STATIC, INT4_TOKEN, INT4_STATIC, INT4_WEIGHT_ONLY, WEIGHT_ONLY, FP16} and set(linear) <= set(TIME_PER_MAC)
+    in_8_bits = {TOKEN, STATIC, WIDE, WEIGHT_ONLY, FP16}
+    assert set(linear) == in_8_bits | {INT4_TOKEN, INT4_STATIC, INT4_WEIGHT_ONLY} and set(linear) <= set(TIME_PER_MAC)
     assert [linear[label].weight_bits for label in (INT4_TOKEN, INT4_STATIC, INT4_WEIGHT_ONLY)] == [4, 4, 4]
     for shape in ((64, 48), (64, 64, 3, 3)):
         assert not {INT4_TOKEN, INT4_STATIC, INT4_WEIGHT_ONLY} & set(

@@ -6,7 +6,7 @@ from stepquant.errors import ModelError, SchemeError
 from stepquant.quant.layers import check_is_sdxl, find_layers, has_symmetric_input
 from stepquant.quant.real_sensitivity import SDXL_WORST_DB, kept_16_bit
 from stepquant.quant.recipe import Recipe, preset_recipe
-from stepquant.quant.scheme import FP8, ActivationMode, Scheme
+from stepquant.quant.scheme import FP8, TOKEN16, ActivationMode, Scheme
 
 SHAPES = {
     "input_blocks.0.0.weight": (320, 4, 3, 3),
@@ -66,6 +66,14 @@ def test_fp8_preset_takes_fp8_after_geglu_and_int8_elsewhere():
 def test_fp8_scheme_names_the_layer_when_it_asks_for_more_than_dynamic_symmetric_scales(change):
     with pytest.raises(SchemeError, match=r"layer: fp8 .* Update StepQuant"):
         Scheme.from_json(FP8.to_json() | change, "layer")
+
+
+@pytest.mark.parametrize("change", [{"weight_bits": 4}, {"compute": "fp8"}, {"symmetric": False}, {"compute": "fp16"}], ids=str)
+def test_token16_scheme_names_the_layer_when_it_asks_for_more_than_8_bit_weights_in_int8(change):
+    assert Scheme.from_json(TOKEN16.to_json(), "layer") == TOKEN16
+    assert not TOKEN16.needs_calibration and not TOKEN16.is_static
+    with pytest.raises(SchemeError, match=r"layer: .*token16.* Update StepQuant"):
+        Scheme.from_json(TOKEN16.to_json() | change, "layer")
 
 
 def test_recipe_survives_json():

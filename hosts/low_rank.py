@@ -1,7 +1,8 @@
-"""A low-rank branch beside a quantized layer: y + up(down(x)). Which patches may become one is in lora.py."""
+"""A low-rank branch beside a quantized layer: y + up(down(x)). Its factors are a file's (quant/low_rank.py) or a LoRA's (comfy/lora.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class LowRankBranch:
-    """All low-rank patches of one layer side by side: their ranks are concatenated, their strengths folded into `up`.
+    """A layer's own, or all its low-rank patches side by side: their ranks are concatenated, their strengths folded into `up`.
 
     down: (R, K), up: (N, R); for a conv (R, Cin, kh, kw) and (Cout, R, 1, 1).
     """
@@ -27,6 +28,10 @@ class LowRankBranch:
         """What a Linear's branch adds: (..., K) -> (..., N)."""
         branch = self.on(x.device, x.dtype)
         return functional.linear(functional.linear(x, branch.down), branch.up)
+
+    def scaled(self, multiplied: Callable[[Tensor], Tensor]) -> LowRankBranch:
+        """With factors on the layer's output. multiplied: (R, N) -> the same with the factors of its last dimension."""
+        return LowRankBranch(self.down, multiplied(self.up.t()).t())
 
     def on(self, device: torch.device, dtype: torch.dtype) -> LowRankBranch:
         """The branch on a device; itself if it is there already, which is the usual case."""
