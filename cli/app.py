@@ -7,7 +7,22 @@ from typing import Annotated
 import typer
 
 from ..version import VERSION
-from . import calibrate, check, compare, corrections, demo, export, hessians, inspect, plan, quantize, reconstruct, tune
+from . import (
+    calibrate,
+    check,
+    compare,
+    corrections,
+    demo,
+    export,
+    hessians,
+    inspect,
+    plan,
+    quantize,
+    quest,
+    reconstruct,
+    text_encoders,
+    tune,
+)
 from .output import one_sentence_errors
 
 app = typer.Typer(
@@ -25,7 +40,9 @@ for command in (
     plan.plan,
     hessians.hessians,
     reconstruct.reconstruct,
+    quest.quest,
     export.export,
+    text_encoders.text_encoders,
     inspect.inspect,
     tune.tune,
     corrections.corrections,

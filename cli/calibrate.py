@@ -52,7 +52,7 @@ def calibrate(
             progress=start("Calibrating"),
             mode=mode,
             start=before,
-            on_cancel=lambda unfinished: unfinished.save(out),
+            keep=lambda unfinished: unfinished.save(out),
         )
         if sensitivity:
             calibration.sensitivity = measure_sensitivity(pipeline, texts[0], sampling, progress=start("Measuring sensitivity"))

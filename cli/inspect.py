@@ -34,7 +34,7 @@ def inspect(
 
 
 def _describe_model(file: Path) -> dict[str, object]:
-    from ..quant.file_format import read_header, read_model
+    from ..quant.file_format import BRANCH_PARTS, read_header, read_model
     from ..quant.layers import find_layers
 
     header = read_header(file)
@@ -42,6 +42,7 @@ def _describe_model(file: Path) -> dict[str, object]:
     sizes = {
         "codes": sum(_bytes(layer.qweight) for layer in model.layers.values()),
         "scales": sum(_bytes(*(getattr(layer, part) for part in SCALES)) for layer in model.layers.values()),
+        "branches": sum(_bytes(*(getattr(layer, part) for part in BRANCH_PARTS)) for layer in model.layers.values()),
         "unet_16_bit": _bytes(*model.rest.values()) + sum(_bytes(layer.bias) for layer in model.layers.values()),
         "text_encoders_and_vae": _bytes(*model.extra.values()),
     }
@@ -101,6 +102,8 @@ def _show_model(report: dict, with_layers: bool) -> None:
     for scheme in report["schemes"]:
         zero_point = "" if scheme["symmetric"] else " with zero point"
         table.add_row("", f"{scheme['layers']} layers: W{scheme['weight_bits']}, {scheme['activation']}{zero_point}, {scheme['compute']}")
+    if ranks := sorted(layer["rank"] for layer in report["layers"].values() if "rank" in layer):
+        table.add_row("branches", ", ".join(f"{len(list(run))} layers of rank {rank}" for rank, run in groupby(ranks)))
     if grouped := [layer for layer in report["layers"].values() if "effective_groups" in layer]:
         table.add_row("channel groups", _channel_groups_text(grouped))
     if kept := report["quantizable_layers_in_16_bit"]:

@@ -6,6 +6,7 @@ import errno
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -104,6 +105,18 @@ def progress_bar(quiet: bool = False) -> Iterator[Callable[[str], Callable[[int,
             return advance
 
         yield start
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """What libraries print on the process's stdout goes to stderr meanwhile: HiGHS leaves debug lines, which are no JSON."""
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def size_text(size_bytes: float) -> str:

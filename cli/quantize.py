@@ -23,10 +23,14 @@ def quantize(
     preset: Annotated[str, typer.Option(help=f"{' or '.join(PRESETS)}; the static one needs --calibration.")] = PRESETS[0],
     rounding: Annotated[
         str,
-        typer.Option(help="Of 4-bit weights: plain, gptq (needs --hessians) or reconstruct (needs --blocks, --hessians too for the rest)."),
+        typer.Option(help="plain, gptq (needs --hessians), or of 4 bits reconstruct or quest (need --blocks; --hessians for the rest)."),
     ] = "plain",
-    hessians: Annotated[Path | None, typer.Option(help="Folder made by `hessians` on this model.")] = None,
-    blocks: Annotated[Path | None, typer.Option(help="Folder made by `reconstruct` on this model with this preset or recipe.")] = None,
+    hessians: Annotated[
+        Path | None, typer.Option(help="Folder made by `hessians` on this model; of 8-bit weights by `hessians --bits 8`.")
+    ] = None,
+    blocks: Annotated[
+        Path | None, typer.Option(help="Folder made by `reconstruct` or `quest` on this model with this preset or recipe.")
+    ] = None,
     calibration: Annotated[Path | None, typer.Option(help="File made by `calibrate` on this model.")] = None,
     bias_correction: Annotated[
         bool, typer.Option("--bias-correction", help="Fold the mean of what rounding changes into biases; needs --calibration.")
@@ -39,20 +43,20 @@ def quantize(
     """Quantize SDXL's UNet to 8 or 4 bit; text encoders and VAE of a whole checkpoint are copied as they are."""
     from ..hosts.quantize_file import quantize_file
     from ..quant.calibration import Calibration
-    from ..quant.rounding.method import RoundingMethod
 
-    how = _rounding(rounding, hessians, blocks)
-    if how.method is RoundingMethod.GPTQ and not as_json:
-        _say_cost(how, source_path(source))
+    how = read_rounding(rounding, hessians, blocks)
     path = source_path(source)
     check_out(path, out, overwrite)
     chosen = preset if recipe is None else read_recipe(recipe)
+    moments = _moments(how, hessians, path, chosen, quiet=as_json)
+    if recipe is not None and not as_json:
+        _say_branches(path, chosen)
     name = preset if recipe is None else chosen.preset
     if calibration is None and (preset == "w8a8-static" if recipe is None else chosen.needs_calibration):
         raise CalibrationError(f"{name}: needs --calibration FILE. Make one with `calibrate`, or use w8a8-token.")
     statistics = Calibration.load(calibration) if calibration else None
     with progress_bar(quiet=as_json) as start:
-        model = quantize_file(path, out, chosen, groups, statistics, start("Quantizing layers"), how, bias_correction)
+        model = quantize_file(path, out, chosen, groups, statistics, start("Quantizing layers"), how, bias_correction, moments)
     before, after = path.stat().st_size, out.stat().st_size
     if as_json:
         print_json({"file": str(out), "preset": name, "layers": len(model.layers), "size_bytes": after, "source_size_bytes": before})
@@ -60,7 +64,28 @@ def quantize(
     console.print(f"{out}: {name}, {len(model.layers)} layers, {size_text(before)} -> {size_text(after)}")
 
 
-def _rounding(name: str, hessians: Path | None, blocks: Path | None):
+def _say_branches(path: Path, recipe) -> None:
+    """The file's size, before the work, where some of it is branches."""
+    from ..hosts.checkpoint_file import open_checkpoint
+    from ..quant.layer_noise import stored_bytes
+    from ..quant.layers import find_layers
+    from ..quant.low_rank import low_rank_bytes
+    from ..quant.plan import unquantized_bytes
+
+    ranks = {name: scheme.rank for name, scheme in recipe.schemes.items() if scheme.rank}
+    if not ranks:
+        return
+    with open_checkpoint(path) as file:
+        shapes = file.unet_shapes()
+    layers = find_layers(shapes)
+    branches = sum(low_rank_bytes(layers[name].shape, rank) for name, rank in ranks.items() if name in layers)
+    whole = unquantized_bytes(shapes, layers) + sum(stored_bytes(spec, recipe.schemes.get(name)) for name, spec in layers.items())
+    layers_text = "1 layer" if len(ranks) == 1 else f"{len(ranks)} layers"
+    console.print(f"branches beside {layers_text}: {size_text(branches)} of the UNet's {size_text(whole)}", soft_wrap=True)
+
+
+def read_rounding(name: str, hessians: Path | None, blocks: Path | None):
+    """How 4-bit weights are rounded. Raises SchemeError or CalibrationError if the method is unknown or lacks something."""
     from ..quant.rounding.folder import RoundedFolder
     from ..quant.rounding.hessian import HessianFolder
     from ..quant.rounding.method import Rounding, rounding_method
@@ -70,14 +95,25 @@ def _rounding(name: str, hessians: Path | None, blocks: Path | None):
     return Rounding(rounding_method(name), hessian, rounded)  # says what the method lacks
 
 
-def _say_cost(rounding, path: Path) -> None:
-    from ..hosts.int4_cost import file_rounding_cost
+def _moments(rounding, hessians: Path | None, path: Path, chosen, quiet: bool):
+    """What 8-bit weights are rounded by, or None; says what rounding will take. Raises CalibrationError if there is nothing to go by."""
+    from ..hosts.rounding_cost import file_rounding
+    from ..quant.rounding.hessian import HessianFolder
+    from ..quant.rounding.method import RoundingMethod
 
-    cost, seconds = file_rounding_cost(rounding.method, path)
-    console.print(
-        f"rounding {rounding.method.value}: about {max(1, round(seconds / 60))} min, up to {size_text(cost.peak_bytes)} of memory a layer",
-        soft_wrap=True,
-    )
+    if rounding.method is RoundingMethod.PLAIN or hessians is None:
+        return None
+    folder = HessianFolder(hessians)
+    found = file_rounding(rounding.method, path, chosen, folder.covers)
+    if not found.int4 and not found.int8_gptq:
+        raise CalibrationError(f"{hessians}: holds nothing for this model's 8-bit weights. Run `hessians --bits 8` first.")
+    if not quiet:
+        text = f"rounding {rounding.method.value}: about {max(1, round(found.seconds / 60))} min, "
+        text += f"up to {size_text(found.cost.peak_bytes)} of memory a layer"
+        if found.int8:
+            text += f"; of 8-bit weights {found.int8_gptq} of {found.int8} layers, the others plainly"
+        console.print(text, soft_wrap=True)
+    return folder.find
 
 
 def source_path(source: str) -> Path:

@@ -65,7 +65,7 @@ def reconstruct(
 
 
 def _cost_text(cost, on_cpu: bool) -> str:
-    from ..hosts.int4_cost import SHARE_REACHED, matmul_speed
+    from ..hosts.rounding_cost import SHARE_REACHED, matmul_speed
 
     training = f"{cost.operations / 1e12:.1f} TFLOP of training"
     if on_cpu:

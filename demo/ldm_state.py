@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..hosts.key_mapping import diffusers_to_ldm, ldm_to_diffusers
+from ..quant.text_encoder import CLIP_G_NAMES
 from .architecture import SDXL_LATENT_SCALE
 
 UNET_PREFIX = "model.diffusion_model."
@@ -20,18 +21,6 @@ VAE_PREFIX = "first_stage_model."
 TOKEN_TABLES = (CLIP_L_PREFIX + "embeddings.token_embedding.weight", CLIP_G_PREFIX + "token_embedding.weight")
 # (rows,) int32: the token id of each stored row, ascending. Ours, not SDXL's.
 USED_TOKEN_IDS = "used_token_ids"
-
-_CLIP_G_NAMES = {
-    "embeddings.token_embedding.": "token_embedding.",
-    "embeddings.position_embedding.weight": "positional_embedding",
-    "final_layer_norm.": "ln_final.",
-    "encoder.layers.": "transformer.resblocks.",
-    ".layer_norm1.": ".ln_1.",
-    ".layer_norm2.": ".ln_2.",
-    ".mlp.fc1.": ".mlp.c_fc.",
-    ".mlp.fc2.": ".mlp.c_proj.",
-    ".self_attn.out_proj.": ".attn.out_proj.",
-}
 
 
 def unet_to_ldm(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -83,14 +72,14 @@ def text_to_ldm(state_l: dict[str, Tensor], state_g: dict[str, Tensor], used_ids
             name = key.replace("encoder.layers.", "transformer.resblocks.").replace("self_attn.q_proj.", "attn.in_proj_")
             out[CLIP_G_PREFIX + name] = torch.cat(parts)
         elif ".self_attn.k_proj." not in key and ".self_attn.v_proj." not in key:
-            out[CLIP_G_PREFIX + _replace_all(key, _CLIP_G_NAMES)] = value
+            out[CLIP_G_PREFIX + _replace_all(key, CLIP_G_NAMES)] = value
     out[USED_TOKEN_IDS] = used_ids.to(torch.int32)
     return out
 
 
 def text_from_ldm(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """States of encoders L and G, in transformers' names without `text_model.`, from a full-vocabulary LDM state."""
-    names = {ldm: hf for hf, ldm in _CLIP_G_NAMES.items()}
+    names = {ldm: hf for hf, ldm in CLIP_G_NAMES.items()}
     state_g = {}
     for key, value in _with_prefix(state, CLIP_G_PREFIX).items():
         if key == "text_projection":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..hosts.checkpoint_file import sha256_of
 from ..hosts.diffusers.calibrate import calibrate
 from ..hosts.diffusers.fidelity import Fidelity, Reference, measure_fidelity, record_reference
-from ..hosts.diffusers.int4_hessians import hessians_observed
+from ..hosts.diffusers.hessians import hessians_observed
 from ..hosts.diffusers.peak_memory import unet_peak_bytes
 from ..hosts.diffusers.quantize import quantize_unet, unet_shapes
 from ..hosts.diffusers.trajectory import Progress, Sampling

@@ -17,7 +17,7 @@ from ...quant.sensitivity import LayerSensitivity
 from ..key_mapping import ldm_to_diffusers
 from ..progressive import QuantizedPrefix
 from ..sensitivity import SensitivityProbe
-from ..unfinished import RUNS_DONE, runs_done
+from ..unfinished import RUNS_DONE, Keeper, runs_done
 from .quantize import unet_shapes
 from .timestep_tap import TimestepTap
 from .trajectory import Progress, Sampling, sample_latents
@@ -51,7 +51,7 @@ def calibrate(
     progress: Progress | None = None,
     mode: CalibrationMode | str = CalibrationMode.FULL,
     start: Calibration | None = None,
-    on_cancel: Callable[[Calibration], None] | None = None,
+    keep: Callable[[Calibration], None] | None = None,
 ) -> Calibration:
     """Sample the prompts and record what every quantizable layer of the UNet is given.
 
@@ -62,7 +62,7 @@ def calibrate(
         progress: called with (UNet calls done, UNet calls in all). Raising in it cancels.
         mode: which steps are looked at, and on what (calibration_steps.py).
         start: an unfinished calibration with the same arguments, to go on from.
-        on_cancel: given what was seen, if the run is cancelled after the first batch; the cancelled batch is repeated later.
+        keep: given what was seen, between batches and if one is cancelled; that batch is repeated later.
     Raises: ModelError if the UNet is not SDXL's or quantized already; CalibrationError if there are no prompts, or
         `start` is of other arguments.
     """
@@ -74,23 +74,25 @@ def calibrate(
     summary = _summary(pipeline, prompts, sampling, mode)
     batches = [list(prompts[first : first + batch_size]) for first in range(0, len(prompts), batch_size)]
     done = runs_done(start, summary, len(batches))
+    keeper = Keeper(keep, done)
     with _observed(pipeline, find_layers(shapes), mode) as watch:
 
-        def calibration(finished: int) -> Calibration:
+        def calibration() -> Calibration:
             new = Calibration(watch.statistics(), {})
             whole = new if start is None else merge(start, new)
-            return Calibration(whole.layers, summary | ({RUNS_DONE: finished} if finished < len(batches) else {}), whole.sensitivity)
+            return Calibration(whole.layers, summary | ({RUNS_DONE: done} if done < len(batches) else {}), whole.sensitivity)
 
         try:
             while done < len(batches):
                 shifted = _shifted(progress, done * sampling.steps, len(batches) * sampling.steps)
                 _run_batch(pipeline, batches[done], replace(sampling, seed=sampling.seed + done * batch_size), watch, shifted)
                 done += 1
+                if done < len(batches):
+                    keeper.run_ended(done, calibration)
         except BaseException:
-            if on_cancel is not None and done:
-                on_cancel(calibration(done))
+            keeper.interrupted(done, calibration)
             raise
-        return calibration(done)
+        return calibration()
 
 
 def measure_sensitivity(

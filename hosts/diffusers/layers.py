@@ -15,10 +15,11 @@ from ...quant.layers import dynamic_low
 from ...quant.mac_counter import MacCounter
 from ...quant.scheme import Scheme
 from .. import compute
+from ..low_rank import LowRankBranch
 from .timestep_tap import TimestepTap
 
-# Their dtypes are a contract: `.half()` or `.to(dtype)` on the UNet must round neither fp32 scales nor fp8 codes.
-_KEPT_BUFFERS = ("qweight", "weight_scale", "act_scale")
+# Their dtypes are a contract: `.half()` or `.to(dtype)` on the UNet must round neither fp32 scales, fp8 codes nor fp16 branches.
+_KEPT_BUFFERS = ("qweight", "weight_scale", "act_scale", "branch_down", "branch_up")
 
 
 class QuantizedModule(nn.Module):
@@ -75,6 +76,7 @@ class QuantizedModule(nn.Module):
             counter=self.counter,
             groups=self.groups,
             group_scale=self.paired_scale,
+            branch=None if self.branch_down is None else LowRankBranch(self.branch_down, self.branch_up),
         )
 
     def _bucket(self) -> Tensor:

@@ -8,7 +8,6 @@ part of the UNet before it; targets are the float model's outputs on its own inp
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -23,20 +22,18 @@ from ...quant.int4 import Int4Weight
 from ...quant.recipe import Recipe
 from ...quant.rounding.block import RoundedLinear, Training, learn_rounding
 from ...quant.rounding.folder import RoundedFolder
-from ...quant.rounding.gptq import gptq_int4
 from ...quant.rounding.hessian import HessianObserver, uses_hessian
 from ...quant.rounding.method import Rounding, RoundingMethod
 from ..key_mapping import diffusers_to_ldm, ldm_to_diffusers
 from ..quantize_layer import quantize_layer
 from .quantize import build_layer, is_quantized, quantize_unet, replace_layer, state_of
 from .scale_moves import transformer_blocks
-from .trajectory import Progress, Sampling, map_tensors, record_trajectory
+from .trajectory import Progress, Sampling, map_tensors, recorded_calls
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """sampling: of the prompts; every batch takes a step more than the one before, up to SPREAD, so that together they visit
-    timesteps all over. calls: UNet calls kept of each batch. training: of each block."""
+    """sampling, batch_size, calls: as of trajectory.recorded_calls. training: of each block."""
 
     sampling: Sampling = field(default_factory=lambda: Sampling(steps=6))
     calls: int = 3
@@ -44,7 +41,6 @@ class Reconstruction:
     training: Training = field(default_factory=Training)
 
 
-SPREAD = 5
 _ORDER = ("down", "mid", "up")  # diffusers registers the middle last
 Questions = list[dict[str, object]]
 
@@ -105,16 +101,18 @@ def reconstruct(
     if not blocks:
         raise SchemeError("Reconstruct: the recipe has no 4-bit Linears in transformer blocks. Use a recipe with 4-bit weights.")
     files = RoundedFolder(Path(folder), _summary(pipeline, recipe, prompts, how))
-    quantized = quantize_unet(_sharing_copy(pipeline.unet), recipe, calibration)
+    quantized = quantize_unet(sharing_copy(pipeline.unet), recipe, calibration)
     state_of(quantized).tap.follow(pipeline.scheduler)
     missing = [path for path in blocks if not files.has(_file_name(path))]
-    questions = _questions(pipeline, prompts, how) if missing else []
+    recorded = recorded_calls(pipeline, prompts, how.sampling, how.batch_size, how.calls) if missing else []
+    questions = [call.arguments for call in recorded]
     inputs = None
     for number, (path, layers) in enumerate(blocks.items()):
         if path in missing:
             inputs = _inputs_of(path, inputs, pipeline.unet, quantized, questions, how.training.batch_size)
             after = _after(progress, number, len(blocks), how.training.iterations)
-            files.write(_file_name(path), _round_block(pipeline.unet.get_submodule(path), layers, inputs, how.training, after))
+            ranks = {name: recipe.schemes[name].rank for name in layers}
+            files.write(_file_name(path), _round_block(pipeline.unet.get_submodule(path), layers, ranks, inputs, how.training, after))
         _install(quantized, pipeline.unet, layers, recipe, calibration, files)
     return files
 
@@ -128,22 +126,10 @@ def _file_name(path: str) -> str:
     return diffusers_to_ldm(path)
 
 
-def _sharing_copy(unet: nn.Module) -> nn.Module:
+def sharing_copy(unet: nn.Module) -> nn.Module:
     """A copy whose layers can be replaced and whose tensors are the original's: no memory is taken."""
     tensors = [*unet.parameters(), *unet.buffers()]
     return copy.deepcopy(unet, {id(tensor): tensor for tensor in tensors})
-
-
-def _questions(pipeline, prompts: Sequence[str], how: Reconstruction) -> Questions:
-    """UNet calls of all timesteps, in random order."""
-    chosen, choice = [], random.Random(how.sampling.seed)
-    for number, first in enumerate(range(0, len(prompts), how.batch_size)):
-        steps = how.sampling.steps + number % SPREAD
-        sampling = Sampling(steps, how.sampling.guidance, how.sampling.seed + first)
-        calls = record_trajectory(pipeline, prompts[first : first + how.batch_size], sampling, how.batch_size).calls
-        chosen += [call.arguments for call in choice.sample(calls, min(how.calls, len(calls)))]
-    choice.shuffle(chosen)
-    return chosen
 
 
 def _inputs_of(path: str, before: _Inputs | None, unet: nn.Module, quantized: nn.Module, questions: Questions, batch_size: int) -> _Inputs:
@@ -204,13 +190,18 @@ def _ask(block: nn.Module, x: Tensor, context: Tensor) -> Tensor:
 
 
 def _round_block(
-    original: nn.Module, layers: dict[str, str], inputs: _Inputs, training: Training, progress: Callable[[int], None] | None
+    original: nn.Module,
+    layers: dict[str, str],
+    ranks: dict[str, int],
+    inputs: _Inputs,
+    training: Training,
+    progress: Callable[[int], None] | None,
 ) -> dict[str, Int4Weight]:
-    """Codes of the block's layers, on the CPU."""
+    """Codes of the block's layers, on the CPU. ranks: of the branches beside them."""
     targets = _answers(original, inputs.exact, inputs, None, training.batch_size)
     block = copy.deepcopy(original).float().requires_grad_(False)
     device = next(block.parameters()).device
-    start = _start(block, layers, inputs, training.batch_size)
+    start = _start(block, layers, ranks, inputs, training.batch_size)
     soft = {name: RoundedLinear(block.get_submodule(path), start[name]) for name, path in layers.items()}
     for name, path in layers.items():
         replace_layer(block, path, soft[name])
@@ -219,14 +210,15 @@ def _round_block(
         return _ask(block, *(part[rows].to(device, torch.float32) for part in (inputs.noisy, inputs.context)))
 
     found = learn_rounding(soft, answer, targets, training, inputs.path, progress)
-    return {name: Int4Weight(one.codes.cpu(), one.group_scale.cpu(), one.scale.cpu()) for name, one in found.items()}
+    return {name: one.to("cpu") for name, one in found.items()}
 
 
-def _start(block: nn.Module, layers: dict[str, str], inputs: _Inputs, batch_size: int) -> dict[str, Int4Weight]:
+def _start(block: nn.Module, layers: dict[str, str], ranks: dict[str, int], inputs: _Inputs, batch_size: int) -> dict[str, Int4Weight]:
     """GPTQ on what the quantized layers before the block give it."""
     with _observed(block, layers) as observers:
         _answers(block, inputs.noisy, inputs, None, batch_size)
-    return {name: gptq_int4(block.get_submodule(path).weight, observers[path].total, name) for name, path in layers.items()}
+    rounding = Rounding(RoundingMethod.GPTQ, lambda name: observers[layers[name]].total)
+    return {name: rounding.round(block.get_submodule(path).weight, name, ranks[name]) for name, path in layers.items()}
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .reconstruct import SPREAD, Reconstruction
+from .reconstruct import Reconstruction
+from .trajectory import SPREAD
 
 # A training step is a forward and twice that for the gradients, of the inputs and of the places of weights.
 PASSES_PER_STEP = 3
@@ -43,7 +44,7 @@ def reconstruction_cost(unet: nn.Module, blocks: Mapping[str, Mapping[str, str]]
     operations, largest = 0.0, 0
     rows = PASSES_PER_STEP * how.training.iterations * how.training.batch_size + PASSES * samples
     for path in blocks:
-        tokens, block = _tokens(unet, path), unet.get_submodule(path)
+        tokens, block = tokens_at(unet, path), unet.get_submodule(path)
         weights = sum(parameter.numel() for parameter in block.parameters())
         operations += 2.0 * weights * tokens * rows
         kept = 4 * samples * tokens * block.norm1.normalized_shape[0] * unet.dtype.itemsize
@@ -51,8 +52,8 @@ def reconstruction_cost(unet: nn.Module, blocks: Mapping[str, Mapping[str, str]]
     return ReconstructionCost(len(blocks), samples, steps + batches * how.calls * entries, operations, largest)
 
 
-def _tokens(unet: nn.Module, path: str) -> int:
-    """Rows of one sample in a block, at the UNet's own resolution."""
+def tokens_at(unet: nn.Module, path: str) -> int:
+    """Rows of one sample at a diffusers path inside a block of the UNet, at the UNet's own resolution."""
     side, number = unet.config.sample_size, path.split(".")[1]
     levels = len(unet.config.block_out_channels)
     halvings = int(number) if path.startswith("down") else levels - 1 - int(number) if path.startswith("up") else levels - 1

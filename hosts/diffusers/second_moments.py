@@ -1,4 +1,4 @@
-"""Gathers the second moments of layers' inputs that int8_rounding.py needs from a running diffusers pipeline. Rounds nothing."""
+"""Gathers the second moments of layers' inputs that int8_rounding.py needs, all in memory; hessians.py does it for large models."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import CalibrationError
-from ...quant.layers import LayerSpec, check_is_sdxl, find_layers, needs_row_scales
+from ...quant.layers import LayerSpec, check_is_sdxl, find_layers
+from ...quant.rounding.hessian import has_hessian
 from ..key_mapping import ldm_to_diffusers
 from .quantize import unet_shapes
 from .trajectory import Progress, Sampling, sample_latents
 
 # Rows of a layer's input that are taken from one UNet call: 20 steps of 8 prompts give 15,000, six times the widest demo layer.
 ROWS_PER_CALL = 768
-# Moments of more inputs are left out, and their layers rounded plainly: 1280 channels under a 3x3 kernel take 530 MB.
-WIDEST = 9 * 1280
 
 
 def gather_second_moments(
@@ -32,7 +31,7 @@ def gather_second_moments(
     """Mean of x x^T over rows that each layer multiplies with its weight, (K, K) fp32 on the UNet's device, by layer.
 
     A convolution's rows hold all its taps, Cin * kh * kw in the order of its weight. Layers that read the prompt or the timestep
-    (layers.needs_row_scales) are left out: GPTQ would fit the few rows that they ever see. So are layers wider than WIDEST.
+    are left out, and so are very long sums (rounding/hessian.py).
     Args:
         pipeline: an SDXL pipeline whose UNet is not quantized; left as it was, also after an error or a cancel.
         names: of the layers wanted; None for all. Their moments are in memory together: SDXL's take several calls.
@@ -43,14 +42,10 @@ def gather_second_moments(
         raise CalibrationError("Gather second moments: no prompts; at least one is needed. Usual is 8 to 16.")
     shapes = unet_shapes(pipeline.unet)
     check_is_sdxl(shapes, "UNet")
-    layers = {name: spec for name, spec in find_layers(shapes).items() if _is_gathered(spec) and (names is None or name in names)}
+    layers = {name: spec for name, spec in find_layers(shapes).items() if has_hessian(spec) and (names is None or name in names)}
     with _observed(pipeline.unet, layers) as found:
         sample_latents(pipeline, prompts, sampling or Sampling(), batch_size, progress)
     return {name: total / rows for name, (total, rows) in found.items()}
-
-
-def _is_gathered(spec: LayerSpec) -> bool:
-    return not needs_row_scales(spec.name) and torch.Size(spec.shape[1:]).numel() <= WIDEST
 
 
 @contextmanager

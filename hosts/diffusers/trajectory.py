@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from .quantize import is_quantized, state_of
 
+SPREAD = 5
 _UNET_ARGUMENTS = ("sample", "timestep", "encoder_hidden_states")
 
 Progress = Callable[[int, int], None]
@@ -66,6 +68,22 @@ def record_trajectory(
     finally:
         handle.remove()
     return trajectory
+
+
+def recorded_calls(pipeline, prompts: Sequence[str], sampling: Sampling, batch_size: int, kept: int) -> list[UNetCall]:
+    """UNet calls of all timesteps, in random order.
+
+    Args:
+        sampling: every batch takes a step more than the one before, up to SPREAD, so that together they visit timesteps all over.
+        kept: calls of each batch.
+    """
+    chosen, choice = [], random.Random(sampling.seed)
+    for number, first in enumerate(range(0, len(prompts), batch_size)):
+        own = Sampling(sampling.steps + number % SPREAD, sampling.guidance, sampling.seed + first)
+        calls = record_trajectory(pipeline, prompts[first : first + batch_size], own, batch_size).calls
+        chosen += choice.sample(calls, min(kept, len(calls)))
+    choice.shuffle(chosen)
+    return chosen
 
 
 def sample_latents(

@@ -175,7 +175,8 @@ def float_weight(layer: QuantizedModule, dtype: torch.dtype) -> Tensor:
     """What the layer's codes stand for: (N, K) or (Cout, Cin, kh, kw)."""
     if layer.group_scale is not None:
         codes = expanded_codes(layer.qweight, layer.paired_scale, 64 * layer.group_scale.shape[0])
-        return dequantize_weight(codes, layer.weight_scale, dtype)
+        weight = dequantize_weight(codes, layer.weight_scale, dtype)
+        return weight if layer.branch_up is None else weight + (layer.branch_up.float() @ layer.branch_down.float()).to(dtype)
     return dequantize_weight(layer.qweight, layer.weight_scale, dtype, layer.channel_order)
 
 

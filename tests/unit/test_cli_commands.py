@@ -163,6 +163,20 @@ def test_quantize_says_so_when_a_recipe_needs_a_calibration_or_is_none(probed_ca
     assert result.exit_code == 1 and "cannot read the recipe" in " ".join(result.stderr.split())
 
 
+def test_plan_with_a_floor_may_use_16_bit_codes_and_prints_nothing_but_json(probed_calibration, tmp_path, capfd):
+    found = []
+    for floor in (20, 42):
+        result = run("plan", "demo", probed_calibration, tmp_path / "plan.json", "--grouping", "uniform", "--min-sqnr-db", floor, "--json")
+        assert result.exit_code == 0, result.stderr
+        found.append(json.loads(result.stdout))
+    assert not capfd.readouterr().out, "the solver's own lines"
+    assert [plan["sqnr_db"] >= floor for plan, floor in zip(found, (20, 42), strict=True)] == [True, True]
+    wide = [sorted(name for name, layer in plan["layers"].items() if layer["choice"] == "token16") for plan in found]
+    assert not wide[0] and wide[1]
+    assert found[0]["wide_mac_share"] == 0 < found[1]["wide_mac_share"] < 1
+    assert json.loads((tmp_path / "plan.json").read_text())["schemes"][wide[1][0]]["activation"] == "token16"
+
+
 def test_calibrate_refuses_an_unknown_mode(tmp_path):
     result = run("calibrate", "demo", tmp_path / "c.safetensors", "--mode", "some")
     assert result.exit_code == 1 and "Choose one of full, srm, progressive, noisiest" in result.stderr

@@ -18,12 +18,13 @@ from stepquant.quant.layers import dynamic_low, find_layers
 from stepquant.quant.mac_counter import MacCounter
 from stepquant.quant.observer import LayerStatistics
 from stepquant.quant.recipe import Recipe, preset_recipe
-from stepquant.quant.scheme import Scheme, token_scheme
+from stepquant.quant.scheme import TOKEN16, ActivationMode, ComputeType, Scheme, token_scheme
 from stepquant.quant.sqnr import sqnr_db
 
 diffusers = pytest.importorskip("diffusers", reason="the embedded engine needs diffusers (stepquant[demo])")
 
 STATIC_CONV = "input_blocks.1.0.in_layers.2"
+WEIGHT_ONLY = Scheme(activation=ActivationMode.FP16, compute=ComputeType.FP16)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,16 @@ def test_quantize_unet_leaves_codes_and_sixteen_bit_parts_only(unet):
     scales = sum(4 * shape[0] for shape in shapes.values())
     sums = sum(4 * 16 * shape[0] for name, shape in shapes.items() if dynamic_low(name) is not None)  # of the convolutions' zero points
     assert weight_bytes(unet) == before - 4 * codes + codes + scales + sums
+
+
+def test_16_bit_codes_run_every_layer_as_integers_with_the_weights_noise_alone(original, unet, tmp_path):
+    counter, layers = MacCounter(), find_layers(unet_shapes(unet))
+    exact = quantize_unet(copy.deepcopy(original), Recipe(dict.fromkeys(layers, WEIGHT_ONLY), "test", "test"))
+    attach_counter(quantize_unet(unet, Recipe(dict.fromkeys(layers, TOKEN16), "test", "test")), counter)
+    assert sqnr_db(ask(exact), ask(unet)) > 70  # 8-bit codes: 30
+    assert counter.integer_share() == 1.0
+    save(unet, tmp_path / "wide.safetensors")
+    assert torch.equal(ask(load(copy.deepcopy(original), tmp_path / "wide.safetensors")), ask(unet))
 
 
 def test_quantize_unet_skips_layers_that_the_recipe_leaves_out(original, unet):

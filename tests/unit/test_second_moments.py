@@ -53,6 +53,25 @@ class TestGathering:
         assert torch.equal(found[names[1]], found[names[1]].t()) or torch.allclose(found[names[1]], found[names[1]].t(), rtol=1e-4)
         assert not any(module._forward_pre_hooks for module in pipeline.unet.modules())
 
+    def test_hessians_of_8_bit_weights_hold_convolutions_and_are_added_to_those_of_4_bits(self, pipeline, tmp_path):
+        from stepquant.hosts.diffusers.hessians import gather_hessians
+        from stepquant.hosts.diffusers.second_moments import gather_second_moments
+        from stepquant.hosts.diffusers.trajectory import Sampling
+
+        conv, linear, prompt = "input_blocks.1.0.in_layers.2", "middle_block.1.proj_in", "middle_block.1.transformer_blocks.0.attn2.to_k"
+        once = (["a red apple"], tmp_path, Sampling(1, 1.0, 0))
+        four = gather_hessians(pipeline, *once)
+        assert not four.covers(conv) and four.find(conv) is None
+        before = (tmp_path / f"{linear}.safetensors").stat().st_mtime_ns
+        eight = gather_hessians(pipeline, *once, bits=8)
+        assert (tmp_path / f"{linear}.safetensors").stat().st_mtime_ns == before
+        assert eight.covers(conv) and not eight.covers(prompt)
+        # Both take 768 of 1,024 pixels, others each.
+        other = gather_second_moments(pipeline, *once[::2], names=[conv])[conv]
+        difference = (eight.read(conv) - other).norm() / other.norm()
+        assert other.shape == (64 * 9, 64 * 9) and float(difference) < 0.1
+        assert not any(module._forward_pre_hooks for module in pipeline.unet.modules())
+
     def test_refuses_no_prompts(self, pipeline):
         from stepquant.hosts.diffusers.second_moments import gather_second_moments
 
