@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..errors import SchemeError
 from ..kernels import dispatch
-from ..kernels.dispatch import ChannelGroups, Kept, QuantizedActivation, StaticScale
+from ..kernels.dispatch import ChannelGroups, Kept, QuantizedActivation, StaticScale, WideActivation
 from ..quant.layers import dynamic_low
 from ..quant.mac_counter import MacCounter
 from ..quant.saturation import LayerSaturation
 from ..quant.scheme import ActivationMode, ComputeType, Scheme
 from ..quant.weight import dequantize_weight
+from .low_rank import LowRankBranch
 
 
 @dataclass
@@ -29,6 +30,7 @@ class LayerTensors:
     act_scale: fp32 (64,), act_zero_point: int32 (64,), of static layers; None otherwise.
     counter: if set, told of every call. groups: of layers with channel groups, whose qweight is in their order; else None.
     saturation: of static layers whose clipped values are watched.
+    branch: the layer's own, of its file; a LoRA's is the host's business. `linear` adds it; who calls the products adds it himself.
     """
 
     name: str
@@ -43,6 +45,7 @@ class LayerTensors:
     groups: ChannelGroups | None = None
     saturation: LayerSaturation | None = None
     group_scale: Tensor | None = None
+    branch: LowRankBranch | None = None
 
     def __post_init__(self) -> None:
         if self.scheme.is_grouped and self.groups is None:
@@ -64,7 +67,7 @@ class LayerTensors:
     @property
     def code_dtype(self) -> torch.dtype:
         """Of the activation's codes."""
-        return dispatch.FP8 if self.is_fp8 else torch.int8
+        return code_dtype(self.scheme)
 
     @property
     def is_static(self) -> bool:
@@ -90,6 +93,13 @@ class LayerTensors:
     @property
     def channel_order(self) -> Tensor | None:
         return None if self.groups is None else self.groups.order
+
+
+def code_dtype(scheme: Scheme) -> torch.dtype:
+    """Of the activation's codes that a layer takes, as a producer is asked for them."""
+    if scheme.is_wide:
+        return dispatch.WIDE
+    return dispatch.FP8 if scheme.is_fp8 else torch.int8
 
 
 def sums_of_codes(qweight: Tensor, groups: ChannelGroups | None = None, group_scale: Tensor | None = None) -> Tensor:
@@ -119,6 +129,7 @@ def linear(x: Tensor, layer: LayerTensors, bucket: Tensor) -> Tensor:
     """
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     y = _linear_rows(rows, layer, bucket)
+    y = y if layer.branch is None else y + layer.branch.linear(rows)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -142,14 +153,18 @@ def conv2d(x: Tensor, layer: LayerTensors, bucket: Tensor, stride: int, padding:
         operands = (activation, layer.groups, layer.qweight, layer.weight_scale, layer.weight_sums, layer.bias)
         y = dispatch.channel_group_conv2d(*operands, stride, padding, out_dtype=x.dtype)
     else:
-        activation = (
-            dispatch.quantize_static(x, layer.act_scale, layer.act_zero_point, bucket, layer.clipped)
-            if layer.is_static and x.shape[0] % bucket.numel() == 0
-            else dispatch.quantize_image(x, layer.dynamic_low, layer.code_dtype)
-        )
-        y = code_convolution(activation, layer, x.dtype, stride, padding)
+        y = code_convolution(_quantized_images(x, layer, bucket), layer, x.dtype, stride, padding)
     count_macs(layer, y.numel() * layer.qweight[0].numel(), x.device)
     return y
+
+
+def _quantized_images(x: Tensor, layer: LayerTensors, bucket: Tensor) -> QuantizedActivation | WideActivation:
+    """By the stored scales, or without them per image."""
+    if layer.scheme.is_wide:
+        return dispatch.quantize_wide(x)
+    if layer.is_static and x.shape[0] % bucket.numel() == 0:
+        return dispatch.quantize_static(x, layer.act_scale, layer.act_zero_point, bucket, layer.clipped)
+    return dispatch.quantize_image(x, layer.dynamic_low, layer.code_dtype)
 
 
 def _conv1x1(x: Tensor, layer: LayerTensors, bucket: Tensor) -> Tensor:
@@ -177,15 +192,22 @@ def _linear_rows(rows: Tensor, layer: LayerTensors, bucket: Tensor | None) -> Te
     return y
 
 
-def _quantized_rows(rows: Tensor, layer: LayerTensors, bucket: Tensor | None) -> QuantizedActivation:
+def _quantized_rows(rows: Tensor, layer: LayerTensors, bucket: Tensor | None) -> QuantizedActivation | WideActivation:
     """By the stored scales, or without them per token."""
+    if layer.scheme.is_wide:
+        return dispatch.quantize_wide(rows)
     if layer.is_static and bucket is not None and rows.shape[0] % bucket.numel() == 0:
         return dispatch.quantize_static(rows, layer.act_scale, layer.act_zero_point, bucket, layer.clipped)
     return dispatch.quantize_token(rows, layer.code_dtype)
 
 
-def code_product(rows: QuantizedActivation, layer: LayerTensors, dtype: torch.dtype, addend: Tensor | None = None) -> Tensor:
+def code_product(
+    rows: QuantizedActivation | WideActivation, layer: LayerTensors, dtype: torch.dtype, addend: Tensor | None = None
+) -> Tensor:
     """A Linear or 1x1 convolution with 8-bit weights on their kind of codes (M, K) -> (M, N) dtype. addend: as int4_product's."""
+    if isinstance(rows, WideActivation):
+        addend = code_product(rows.low, replace(layer, bias=None), between_planes(dtype), addend)
+        return code_product(rows.high, layer, dtype, addend)
     qweight = layer.qweight.flatten(1)  # (N, K): a 1x1 conv's codes too
     if layer.is_fp8:
         return dispatch.fp8_gemm(rows, qweight, layer.weight_scale, layer.bias, out_dtype=dtype, addend=addend)
@@ -193,13 +215,26 @@ def code_product(rows: QuantizedActivation, layer: LayerTensors, dtype: torch.dt
 
 
 def code_convolution(
-    images: QuantizedActivation, layer: LayerTensors, dtype: torch.dtype, stride: int, padding: int, addend: Tensor | None = None
+    images: QuantizedActivation | WideActivation,
+    layer: LayerTensors,
+    dtype: torch.dtype,
+    stride: int,
+    padding: int,
+    addend: Tensor | None = None,
 ) -> Tensor:
     """A 3x3 convolution on its kind of codes (B, H, W, C) -> (B, Cout, Ho, Wo) dtype, channels_last. addend: as of fused.convolution."""
+    if isinstance(images, WideActivation):
+        addend = code_convolution(images.low, replace(layer, bias=None), between_planes(dtype), stride, padding, addend)
+        return code_convolution(images.high, layer, dtype, stride, padding, addend)
     options = {"out_dtype": dtype, "addend": addend}
     if layer.is_fp8:
         return dispatch.fp8_conv2d(images, layer.qweight, layer.weight_scale, layer.bias, stride, padding, **options)
     return dispatch.int8_conv2d(images, layer.qweight, layer.weight_scale, layer.weight_sums, layer.bias, stride, padding, **options)
+
+
+def between_planes(dtype: torch.dtype) -> torch.dtype:
+    """Of the low plane's product, which the high plane's is added to: bf16 would lose what the low plane is for."""
+    return torch.float16 if dtype is torch.float16 else torch.float32
 
 
 def int4_product(rows: Tensor | QuantizedActivation, layer: LayerTensors, dtype: torch.dtype, addend: Tensor | None = None) -> Tensor:

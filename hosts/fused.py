@@ -19,6 +19,7 @@ from ..kernels import dispatch
 from ..kernels.activation import LARGEST_CODE
 from ..kernels.dispatch import DynamicScale, Kept, QuantizedActivation, Repeated, StaticScale
 from ..kernels.quantize_static import BUCKETS
+from ..kernels.repeat import empty
 from .compute import LayerTensors, code_convolution, code_product, count_macs, int4_product
 
 
@@ -35,6 +36,10 @@ class NormTensors:
         """See kernels/repeat.py."""
         return (Kept(self.weight, self.bias, self.eps),)
 
+
+# What is written of GEGLU's values before they are quantized per token: at 1024x1024 2048 of the 8192 tokens of the upper level (whole
+# they are 40 MiB), and the lower level's at once.
+MOST_GATED_BYTES = 20 * 2**20
 
 # codes, of all of these: the dtype of the codes that the layer takes (LayerTensors.code_dtype); stored scales are of int8.
 
@@ -134,12 +139,33 @@ def gated_product(
     count_macs(layer, rows.codes.numel() * layer.qweight.shape[0], rows.codes.device)
     if layer.is_fp8:
         return _gated_fp8_product(rows, layer, dtype, static, codes)
+    if static is None:
+        return _gated_tokens(rows, layer, dtype, codes)
+    return _gated(rows, layer, dtype, static, codes)
+
+
+def _gated_tokens(rows: QuantizedActivation, layer: LayerTensors, dtype: torch.dtype, codes: torch.dtype) -> QuantizedActivation:
+    """GEGLU's values quantized per token, a part of the rows at a time: whole, the values are a call's largest tensor."""
+    M, N = rows.rows, layer.qweight.shape[0] // 2
+    at_once = max(MOST_GATED_BYTES // (N * dtype.itemsize), 1)
+    if at_once >= M or rows.rows_per_scale != 1:
+        return dispatch.quantize_token(_gated(rows, layer, dtype, None), codes)
     if layer.group_scale is not None:
-        y = dispatch.int4_geglu_gemm(rows, *_int4_weight(layer), out_dtype=dtype, static=static)
-    else:
-        weight = (layer.qweight, layer.weight_scale, layer.weight_sums, layer.bias)
-        y = dispatch.int8_geglu_gemm(rows, *weight, out_dtype=dtype, static=static, codes=torch.int8 if static is None else codes)
-    return dispatch.quantize_token(y, codes) if static is None else y
+        (layer,) = written_out([layer], at_once, rows.codes.shape[1]) or (layer,)
+    whole = QuantizedActivation(empty((M, N), codes, rows.codes.device), empty((M,), torch.float32, rows.codes.device), None, 1)
+    for first in range(0, M, at_once):
+        last = min(first + at_once, M)
+        dispatch.quantize_token(_gated(rows.part(first, last), layer, dtype, None), codes, whole.part(first, last))
+    return whole
+
+
+def _gated(
+    rows: QuantizedActivation, layer: LayerTensors, dtype: torch.dtype, static: StaticScale | None, codes: torch.dtype = torch.int8
+) -> Tensor | QuantizedActivation:
+    if layer.group_scale is not None:
+        return dispatch.int4_geglu_gemm(rows, *_int4_weight(layer), out_dtype=dtype, static=static)
+    weight = (layer.qweight, layer.weight_scale, layer.weight_sums, layer.bias)
+    return dispatch.int8_geglu_gemm(rows, *weight, out_dtype=dtype, static=static, codes=codes)
 
 
 def _gated_fp8_product(
@@ -215,9 +241,9 @@ def normed_products(x: Tensor, norm: NormTensors, static: StaticScale | None, la
 
 
 @Repeated
-def added_product(x: Tensor, static: StaticScale | None, layer: LayerTensors, residual: Tensor) -> Tensor:
-    """A Linear of x (..., K), added to residual (..., N), any strides -> (..., N)."""
-    addend = residual.reshape(-1, residual.shape[-1]).contiguous()
+def added_product(x: Tensor, static: StaticScale | None, layer: LayerTensors, residual: Tensor | None) -> Tensor:
+    """A Linear of x (..., K), added to residual (..., N), any strides, if that is given -> (..., N)."""
+    addend = None if residual is None else residual.reshape(-1, residual.shape[-1]).contiguous()
     return product(quantize(x, static, layer.code_dtype), layer, x.dtype, addend).view(*x.shape[:-1], -1)
 
 
@@ -235,6 +261,14 @@ def feed_forward(
     codes = gated_product(codes, projection, x.dtype, statics[1], second.code_dtype)
     addend = residual.reshape(-1, residual.shape[-1]).contiguous()
     return product(codes, second, x.dtype, addend).view(*x.shape[:-1], -1)
+
+
+@Repeated
+def gated_values(x: Tensor, norm: NormTensors, static: StaticScale | None, projection: LayerTensors) -> Tensor:
+    """LayerNorm of x (..., K), projection to values and gates, GEGLU -> (..., N), for a second Linear that takes no codes."""
+    codes, _ = layer_norm(x, norm, static)
+    count_macs(projection, codes.codes.numel() * projection.qweight.shape[0], x.device)
+    return _gated(codes, projection, x.dtype, None).view(*x.shape[:-1], -1)
 
 
 @Repeated

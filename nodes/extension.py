@@ -7,12 +7,12 @@ import os
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
-from . import calibrate, compare, load, plan, quantize, save, scale_lora, system_check, tune
+from . import calibrate, compare, load, plan, quantize, save, scale_lora, system_check, text_encoders, tune
 from .calibrate import CALIBRATION_FOLDER
 from .routes import add_routes
 from .scale_lora import CORRECTIONS_FOLDER, SCALE_LORA_FOLDER
 
-FAMILIES = (quantize, calibrate, plan, save, load, scale_lora, tune, compare, system_check)
+FAMILIES = (quantize, calibrate, plan, save, load, text_encoders, scale_lora, tune, compare, system_check)
 
 
 class StepQuantExtension(ComfyExtension):

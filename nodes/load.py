@@ -96,18 +96,18 @@ def list_files() -> list[str]:
     for folder in FOLDERS:
         for name in folder_paths.get_filename_list(folder):
             path = folder_paths.get_full_path(folder, name)
-            if name.endswith(".safetensors") and path is not None and _is_ours(path, file_state(path)):
+            if name.endswith(".safetensors") and path is not None and is_ours(path, file_state(path)):
                 names.append(f"{folder}/{name}")
     return names
 
 
 @lru_cache(maxsize=4096)
-def _is_ours(path: str, _state: str) -> bool:
-    """Whether the safetensors header names StepQuant. ComfyUI lists nodes often: a file is looked at once, until it changes."""
+def is_ours(path: str, _state: str, key: str = HEADER_KEY) -> bool:
+    """Whether the safetensors header has our key. ComfyUI lists nodes often: a file is looked at once, until it changes."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-            return length <= LARGEST_HEADER_BYTES and f'"{HEADER_KEY}":'.encode() in file.read(length)
+            return length <= LARGEST_HEADER_BYTES and f'"{key}":'.encode() in file.read(length)
     except OSError:
         return False
 

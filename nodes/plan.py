@@ -61,7 +61,8 @@ class StepQuantPlan(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.5,
-                    tooltip="If not 0, the fastest plan whose predicted SQNR reaches this; else the best that fits. Usually 0, or 35.",
+                    tooltip="If not 0, the fastest plan whose predicted SQNR reaches this, with 16-bit codes (two products each) in layers "
+                    "that need them; else the best that fits. Usually 0, or 35.",
                 ),
                 io.Combo.Input(
                     "grouping",

@@ -11,6 +11,7 @@ from statistics import median
 from PIL import Image, ImageDraw
 
 from ..quant.calibration import Calibration
+from ..quant.layer_noise import FP16, WIDE
 from ..quant.plan import Plan
 from ..quant.timestep import NUM_BUCKETS, NUM_TIMESTEPS
 from .line_plot import OVERSAMPLING, Curve, draw_curves
@@ -121,7 +122,8 @@ def _draw_cell(draw: ImageDraw.ImageDraw, x: float, y: float, names: Sequence[st
 
 
 def _letter(label: str) -> str:
-    return "16" if label == "fp16" else "4" if label.startswith("w4") else label[0]
+    whole = {FP16: "16", WIDE: "2x"}
+    return whole.get(label) or ("4" if label.startswith("w4") else label[0])
 
 
 def _kind(name: str) -> str:

@@ -166,11 +166,13 @@ def _recipe(model, preset: str, calibration, timestep_groups: int, channel_group
 
 def _summary(source, quantized, recipe) -> str:
     before, after = source.model_size(), quantized.model_size()
-    in_fp8, in_int4 = (sum(getattr(scheme, kind) for scheme in recipe.schemes.values()) for kind in ("is_fp8", "is_int4"))
+    kinds = ("is_fp8", "is_int4", "is_wide")
+    in_fp8, in_int4, wide = (sum(getattr(scheme, kind) for scheme in recipe.schemes.values()) for kind in kinds)
     lines = [
         f"{recipe.preset}: {len(recipe.schemes)} layers in int8"
         + (f", {in_fp8} of them in fp8 instead" if in_fp8 else "")
-        + (f", {in_int4} of them with 4-bit weights" if in_int4 else ""),
+        + (f", {in_int4} of them with 4-bit weights" if in_int4 else "")
+        + (f", {wide} of them with 16-bit codes" if wide else ""),
         f"UNet {before / 2**20:.0f} MiB -> {after / 2**20:.0f} MiB ({100 * after / before:.0f} %)",
         f"kept in 16 bit: {', '.join(NEVER_QUANTIZED)}",
     ]

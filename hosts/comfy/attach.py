@@ -15,7 +15,7 @@ from ...quant.layers import is_quantizable
 from ...quant.mac_counter import MacCounter
 from ...quant.recipe import Recipe
 from ..acceleration import Acceleration
-from . import blocks, kv_cache, lora, saturation, scale_lora
+from . import blocks, kv_cache, lora, saturation, scale_lora, vram_account
 from .attention import set_attention
 from .dense_saving import bind_dense_saving
 from .graph import UNetRunner, bind_runner
@@ -37,6 +37,7 @@ class QuantizedState:
     patch_version: rises whenever a low-rank branch changes. hooks_reason: set while hooks change weights.
     kv_cache: of the cross-attention layers. scope: what a call's blocks share. Both None without fused blocks.
     runner: None if acceleration is off. saturation: None while the model is attached. scales: None without scale LoRAs.
+    counted_bytes: of VRAM that ComfyUI was told of besides the weights.
     """
 
     recipe: Recipe
@@ -53,6 +54,7 @@ class QuantizedState:
     runner: UNetRunner | None = None
     saturation: SaturationGuard | None = None
     scales: ScaleBank | None = None
+    counted_bytes: int = 0
 
     def weights_moved(self) -> None:
         if self.runner is not None:
@@ -103,14 +105,24 @@ def attach(
     bind_dense_saving(model)
     set_attention(patcher, recipe.attention)
     for call, function in (
-        (CallbacksMP.ON_LOAD, lora.on_load),
+        (CallbacksMP.ON_LOAD, _on_load),
         (CallbacksMP.ON_PRE_RUN, _on_pre_run),
         (CallbacksMP.ON_CLEANUP, _on_cleanup),
-        (CallbacksMP.ON_DETACH, lora.release),
+        (CallbacksMP.ON_DETACH, _on_detach),
         (CallbacksMP.ON_APPLY_HOOKS, lora.on_apply_hooks),
     ):
         patcher.remove_callbacks_with_key(call, CALLBACK_KEY)
         patcher.add_callback_with_key(call, CALLBACK_KEY, function)
+
+
+def _on_load(patcher: ModelPatcher, *_: object) -> None:
+    lora.on_load(patcher)
+    vram_account.start_count(patcher)
+
+
+def _on_detach(patcher: ModelPatcher, unpatch_all: bool) -> None:
+    lora.release(patcher, unpatch_all)
+    vram_account.end_count(patcher, unpatch_all)
 
 
 def _on_pre_run(patcher: ModelPatcher) -> None:
@@ -122,6 +134,7 @@ def _on_pre_run(patcher: ModelPatcher) -> None:
 
 def _on_cleanup(patcher: ModelPatcher) -> None:
     patcher.model.stepquant.run_ended()
+    vram_account.renew_count(patcher)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from ...quant.layers import LayerSpec, check_is_sdxl, find_layers
 from ...quant.observer import LayerObserver, LayerStatistics
 from ..progressive import QuantizedPrefix
 from ..sensitivity import SensitivityProbe
-from ..unfinished import RUNS_DONE, runs_done
+from ..unfinished import RUNS_DONE, Keeper, runs_done
 from .attach import state_of
 from .sampling import SEEDS, SamplerSettings, SamplingProgress, sample_latent
 from .tap import TimestepTap
@@ -38,7 +38,7 @@ def calibrate(
     mode: CalibrationMode | str = CalibrationMode.FULL,
     probes: int = 0,
     start: Calibration | None = None,
-    on_cancel: Callable[[Calibration], None] | None = None,
+    keep: Callable[[Calibration], None] | None = None,
 ) -> Calibration:
     """Record what every quantizable layer of `model` is given while it makes `runs` pictures.
 
@@ -51,7 +51,7 @@ def calibrate(
         probes: places of the schedule where the first run measures each layer's sensitivity; 0 for none. Each takes as many
             UNet calls as there are layers, or kinds of layers in a deep UNet.
         start: an unfinished calibration with the same arguments, to go on from.
-        on_cancel: given what was seen, if the calibration is cancelled after the first run; the cancelled run is repeated later.
+        keep: given what was seen, between runs and if one is cancelled; that run is repeated later.
     Raises: ModelError if the model is no SDXL or quantized already; CalibrationError if its layers could not be observed, or
         `start` is of other arguments.
     """
@@ -73,16 +73,17 @@ def calibrate(
             whole = new if start is None else merge(start, new)
             return Calibration(whole.layers, summary | ({RUNS_DONE: done} if done < runs else {}), whole.sensitivity)
 
-        progress = None
+        keeper, progress = Keeper(keep, done), None
         try:
             while done < runs:
                 probe = _probe(unet, layers, watch, probes if done == 0 else 0)
                 progress = progress or SamplingProgress(runs - done, settings.steps, probe.repetitions)
                 _run(model, positive, negative, latent, (seed + done) % SEEDS, settings, watch, probe, progress)
                 done += 1
+                if done < runs:
+                    keeper.run_ended(done, calibration)
         except BaseException:
-            if on_cancel is not None and done and watch.observers:
-                on_cancel(calibration())
+            keeper.interrupted(done, calibration)
             raise
         return calibration()
 

@@ -12,7 +12,7 @@ import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,10 @@ class UNetRunner:
     def number_of_graphs(self) -> int:
         return len(self._graphs)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(graph.recording.nbytes for graph in self._graphs.values())
+
     def __call__(
         self,
         x: Tensor,
@@ -155,7 +159,14 @@ class UNetRunner:
         # The UNet empties the lists it takes residuals from, and a call may have to be repeated.
         control = call.control and {name: list(residuals) for name, residuals in call.control.items()}
         arguments = (call.x, call.timesteps, call.context, call.y, control, call.transformer_options)
-        return self._inner(*arguments, **call.others)
+        scope = self._state.scope
+        if scope is None:
+            return self._inner(*arguments, **call.others)
+        scope.standing = (self._state.patch_version, self._state.saturation.key) if self.residency.lease.held else None
+        try:
+            return self._inner(*arguments, **call.others)
+        finally:
+            scope.standing = None
 
     def _open_cache(self, call: UNetCall) -> Hashable:
         """Compute the prompt's keys and values if they are new: now, and not in a graph. blocks/unet.py closes the cache."""
@@ -178,7 +189,7 @@ class UNetRunner:
                 return self._eager(call)
         else:  # the first call of its kind compiles kernels; and a size that does not come again costs no memory
             self.residency.lend()
-            output = self._recorder.warm_up(lambda: self._inner_call(call))
+            output = self._recorder.warm_up(lambda: self._graph_call(call))
             self._remember(key, output)
             return output
         graph = self._graphs[key]
@@ -191,10 +202,9 @@ class UNetRunner:
 
         Runs the call on arbitrary values, so not where another node would see these.
         """
-        layout = call.layout()
-        if layout in self._compiled or unsuitable(call) or self._foreign.present():
+        if call.layout in self._compiled or unsuitable(call) or self._foreign.present():
             return
-        self._compiled.add(layout)
+        self._compiled.add(call.layout)
         self.residency.lend()
         dispatch.compile_ahead(lambda: self._inner_call(call), call.x.device)
 
@@ -217,7 +227,7 @@ class UNetRunner:
             self._drop_graphs()
             self._standing = standing
         padding = tuple((conv.padding_mode, "_conv_forward" in vars(conv)) for conv in self._convs)
-        return call.layout(), self._open_cache(call), padding, state.saturation.key
+        return call.layout, self._open_cache(call), padding, state.saturation.key
 
     def _record(self, key: Hashable, call: UNetCall) -> bool:
         while len(self._graphs) >= LARGEST_NUMBER_OF_GRAPHS:
@@ -244,9 +254,13 @@ class UNetRunner:
     def _scales(self) -> tuple[Tensor, ...]:
         return () if self._state.scales is None else self._state.scales.tensors()
 
+    def _graph_call(self, call: UNetCall) -> Tensor:
+        with nullcontext() if self._state.scope is None else self._state.scope.for_graph():
+            return self._inner_call(call)
+
     def _recorded_call(self, static: UNetCall) -> Tensor:
         try:
-            return self._inner_call(static)
+            return self._graph_call(static)
         finally:
             if self._state.scope is not None:
                 self._state.scope.forget()  # its tensors are the recording's

@@ -18,10 +18,10 @@ def is_capturing(device: torch.device) -> bool:
 
 
 class Recording:
-    """One graph and the tensor it leaves its result in."""
+    """One graph and the tensor it leaves its result in. nbytes: VRAM that was reserved for it; cudaMallocAsync does not tell."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, output: Tensor) -> None:
-        self._graph, self._output = graph, output
+    def __init__(self, graph: torch.cuda.CUDAGraph, output: Tensor, nbytes: int) -> None:
+        self._graph, self._output, self.nbytes = graph, output, nbytes
 
     def replay(self) -> Tensor:
         """The result of this replay in memory of its own: the next replay overwrites the graph's."""
@@ -69,14 +69,14 @@ class CudaRecorder:
             raise
 
     def _record(self, work: Callable[[], Tensor], output: Tensor) -> Recording:
-        graph = torch.cuda.CUDAGraph()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved(self._device)
         # thread_local, as ComfyUI's own graphs: another thread may be loading a model.
         with (
             torch.cuda.device(self._device),
             torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
         ):
             output.copy_(work())
-        return Recording(graph, output)
+        return Recording(graph, output, max(0, torch.cuda.memory_reserved(self._device) - before))
 
 
 def _keep_forever(error: Exception) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class UNetCall:
         residuals = [residual for name in sorted(self.control or ()) for residual in self.control[name]]
         return [tensor for tensor in [*(getattr(self, name) for name in NAMES), *residuals] if tensor is not None]
 
+    @cached_property
     def layout(self) -> tuple:
         """Equal for two calls if the buffers of one can take the other's tensors."""
         given = tuple(_describe(getattr(self, name)) for name in NAMES)

@@ -25,6 +25,7 @@ from ...kernels.int8_conv2d import BORDER_CLASSES
 from ...quant.channel_group import ChannelGrouping, regrouped_weight
 from ...quant.weight import FP8, dequantize_weight, quantize_weight
 from ..compute import sums_of_codes
+from ..low_rank import LowRankBranch
 
 LAYOUT, INT4_LAYOUT, FP8_LAYOUT = LAYOUTS = ("StepQuantInt8", "StepQuantInt4", "StepQuantFp8")
 # Kernels load 16 bytes at a time; the parts of the buffer start at multiples of it.
@@ -43,7 +44,7 @@ class WeightParts:
     """Views into one buffer. qweight: int8 or e4m3 (N, K) or (Cout, kh, kw, Cin). weight_scale: fp32 (N,). weight_sums: see compute.py.
 
     groups: of a layer with channel groups, whose qweight holds the input channels in their order; None elsewhere.
-    group_scale: of 4-bit weights, whose qweight is packed (kernels/int4_weight.py); None elsewhere.
+    group_scale: of 4-bit weights, whose qweight is packed (kernels/int4_weight.py); None elsewhere. branch: beside such codes, or None.
     """
 
     qweight: Tensor
@@ -51,6 +52,7 @@ class WeightParts:
     weight_sums: Tensor | None
     groups: ChannelGroups | None
     group_scale: Tensor | None = None
+    branch: LowRankBranch | None = None
 
 
 class Int8Layout(QuantizedLayout):
@@ -64,12 +66,13 @@ class Int8Layout(QuantizedLayout):
     @dataclass(frozen=True)
     class Params:
         """Holds no tensors: see the top of this file. has_sums: the buffer has the sums that a zero point needs. groups: with
-        their order and factors in the buffer."""
+        their order and factors in the buffer. rank: of the branch in it, beside 4-bit codes."""
 
         orig_dtype: torch.dtype
         orig_shape: tuple[int, ...]
         has_sums: bool
         groups: GroupTable | None = None
+        rank: int = 0
 
         def to_device(self, device: torch.device) -> Int8Layout.Params:
             return self
@@ -79,8 +82,8 @@ class Int8Layout(QuantizedLayout):
 
         def copy_from(self, src: Int8Layout.Params, non_blocking: bool = False) -> None:
             """Nothing to copy: the buffer carries everything, and all weights that a layer ever has are in the same groups."""
-            if src.groups != self.groups:
-                raise LayoutError("a weight is copied into a layer with other channel groups. Load or quantize the model again.")
+            if src.groups != self.groups or src.rank != self.rank:
+                raise LayoutError("a weight is copied into a layer with other channel groups or branch. Load or quantize the model again.")
 
     @classmethod
     def quantize(cls, tensor: Tensor, has_sums: bool = False, groups: ChannelGroups | None = None, **kwargs: Any) -> tuple[Tensor, Params]:

@@ -16,7 +16,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor, nn
 
-from .low_rank import LowRankBranch
+from ..low_rank import LowRankBranch
 from .ops import QuantizableOp
 
 HOOKS_CHANGE_WEIGHTS = "hooks change the weights between the calls of one step"
@@ -60,11 +60,9 @@ def make_branch(patches: Sequence[Patch], shape: Sequence[int], device: torch.de
 
 
 def on_load(patcher: ModelPatcher, *_: object) -> None:
-    """ON_LOAD: the branches take memory that ComfyUI should know of, and weights have moved."""
+    """ON_LOAD: weights have moved."""
     reconcile(patcher)
     patcher.model.stepquant.weights_moved()
-    branches = [module.branch for _, module in quantized_layers(patcher.model) if module.branch is not None]
-    patcher.model.model_loaded_weight_memory += sum(branch.nbytes for branch in branches)
 
 
 def reconcile(patcher: ModelPatcher) -> None:

@@ -7,7 +7,8 @@ that has addresses baked in, such as a CUDA graph, is valid for one version only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +47,11 @@ class ResidentWeight:
 
 
 class ResidentNorm(ResidentWeight):
-    """The same for a GroupNorm or LayerNorm: `tensors` are NormTensors."""
+    """The same for a GroupNorm or LayerNorm: `tensors` are NormTensors. standing, block: of the transformer block it begins."""
 
     tensors: NormTensors
+    standing: Hashable = None
+    block: tuple = ()
 
 
 class ResidentPlain:
@@ -80,6 +83,7 @@ class Residency:
         self._refusal: str | None = None
         self._evictions = 0
         self._places: list[tuple[dict, str, int]] = []
+        self._watched: tuple = (([], []), ([], []))  # the same, tensors and codes apart: ([(dict, name)], [address]) each
         self._addresses: tuple[int, ...] = ()
         self._residents: list[tuple[nn.Module, object]] = []
         self._kept: dict[tuple[int, str], Tensor] = {}
@@ -143,9 +147,19 @@ class Residency:
             scales.forget()
 
     def _still_there(self, device: torch.device) -> bool:
-        if self._settled_on != device or any(_address(tensors[name]) != address for tensors, name, address in self._places):
+        if self._settled_on != device or not self._are_in_place():
             return False
         return self._pages is None or self._pages.pin()
+
+    def _are_in_place(self) -> bool:
+        """Asked before each call, of two thousand tensors: 0.3 ms, a third of what a question to each would take."""
+        (plain, plain_addresses), (codes, code_addresses) = self._watched
+        try:
+            return [tensors[name].data_ptr() for tensors, name in plain] == plain_addresses and (
+                [tensors[name]._qdata.data_ptr() for tensors, name in codes] == code_addresses
+            )
+        except (AttributeError, RuntimeError):  # taken away, or a weight of another kind now
+            return False
 
     def _settle(self, like: Tensor) -> str | None:
         """Find where the weights are, having brought them in under dynamic VRAM. Returns why not, if not."""
@@ -162,6 +176,7 @@ class Residency:
             self._forget_residents()
             self._pages = pages
         self._places = [place for module in self._modules for place in self._own_places(module)]
+        self._watched = tuple(_watched(self._places, codes) for codes in (False, True))
         if any(tensors[name].device != like.device for tensors, name, _ in self._places):
             return PARTLY_LOADED
         if self._pages is not None:
@@ -222,6 +237,8 @@ class Residency:
             tensors = module.tensors_of(weight, bias, *tables)
             if module.scales is not None:
                 tensors.weight_scale = module.scales.hold(module.layer_name, "weight_scale", tensors.weight_scale)
+                if tensors.branch is not None:
+                    tensors.branch = tensors.branch.scaled(partial(module.scales.hold, module.layer_name, "branch_up"))
             return ResidentWeight(self.lease, tensors)
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
             if module.scales is not None:
@@ -240,6 +257,11 @@ class Residency:
                 kept = self._kept[index, name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
             kept.copy_(tensor)
         return kept
+
+
+def _watched(places: Sequence[tuple[dict, str, int]], codes: bool) -> tuple[list, list]:
+    found = [place for place in places if hasattr(place[0][place[1]], "_qdata") is codes]
+    return [place[:2] for place in found], [address for *_, address in found]
 
 
 def _kind(tensor: Tensor) -> tuple:

@@ -95,6 +95,8 @@ def _stored_layer(model: ModelPatcher, key: str, module: QuantizableOp) -> Quant
     layer = QuantizedLayer(parts.qweight, parts.weight_scale, bias, module.act_scale, module.act_zero_point)
     if parts.group_scale is not None:
         layer.group_scale = stored_scales(parts.group_scale, module.weight.shape[1])
+    if parts.branch is not None:
+        layer.branch_down, layer.branch_up = parts.branch.down, parts.branch.up
     if parts.groups is not None:
         layer.channel_order, layer.channel_exponents = parts.groups.order, parts.groups.exponents
     return layer
@@ -126,7 +128,10 @@ def _extra(model: ModelPatcher, clip: comfy.sd.CLIP | None, vae: comfy.sd.VAE | 
     extra = _sampling_markers(model)
     if clip is not None:
         clip.load_model()
-        weights = config.process_clip_state_dict_for_saving(clip.get_sd())
+        tensors = clip.get_sd()
+        if any(key.endswith(".comfy_quant") for key in tensors):  # a checkpoint has no place for their scales
+            raise ModelError("Save and Export native: this CLIP is 8 bit, in a file of its own. Leave clip open, or connect a 16-bit one.")
+        weights = config.process_clip_state_dict_for_saving(tensors)
         extra.update({key: tensor.detach().cpu() for key, tensor in weights.items()})
     if vae is not None:
         extra.update({key: tensor.detach().cpu() for key, tensor in config.process_vae_state_dict_for_saving(vae.get_sd()).items()})

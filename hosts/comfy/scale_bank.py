@@ -28,6 +28,19 @@ class _Held:
     product: Tensor
 
 
+class _Together:
+    """Products that are made by a few launches."""
+
+    def __init__(self, held: Sequence[_Held]) -> None:
+        """held: of one dtype."""
+        self._products = [one.product for one in held]
+        self._sources, self._factors = [one.source for one in held], [one.factor for one in held]
+
+    def multiply(self) -> None:
+        torch._foreach_copy_(self._products, self._sources)
+        torch._foreach_mul_(self._products, self._factors)
+
+
 class ScaleBank:
     """One per model. stack: the scale sets in use, with their strengths."""
 
@@ -43,6 +56,7 @@ class ScaleBank:
             self._now = self._table[:1].clone()
             self._rounded: dict[torch.dtype, Tensor] = {}
         self._held: dict[tuple[str, str], _Held] = {}
+        self._together: list[_Together] | None = None  # _held by dtype, as torch takes them: sorted out when it has changed
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What a recorded `follow` reads and writes, by address."""
@@ -62,12 +76,14 @@ class ScaleBank:
         with torch.inference_mode(False), torch.no_grad():
             product = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
             self._held[name, part] = held = _Held(tensor, self._factor(name, tensor.dtype), product)
-            _multiply([held])
+            self._together = None
+            _Together([held]).multiply()
         return product
 
     def forget(self) -> None:
         """Weights are held no longer."""
         self._held.clear()
+        self._together = None
 
     @torch.no_grad()
     def follow(self, bucket: Tensor) -> None:
@@ -82,9 +98,12 @@ class ScaleBank:
     @torch.no_grad()
     def refresh(self) -> None:
         """What is held may have got other contents in its place."""
-        held = list(self._held.values())
-        for dtype in {one.source.dtype for one in held}:
-            _multiply([one for one in held if one.source.dtype is dtype])
+        if self._together is None:
+            held = list(self._held.values())
+            dtypes = {one.source.dtype for one in held}
+            self._together = [_Together([one for one in held if one.source.dtype is dtype]) for dtype in dtypes]
+        for together in self._together:
+            together.multiply()
 
     def _factor(self, name: str, dtype: torch.dtype) -> Tensor:
         """A view, (width,)."""
@@ -104,11 +123,4 @@ class ScaleBank:
         with torch.inference_mode(False), torch.no_grad():
             self._table, self._now = self._table.to(device), self._now.to(device)
             self._rounded.clear()
-        self._held.clear()
-
-
-def _multiply(held: Sequence[_Held]) -> None:
-    """A few launches for any number of small tensors."""
-    products = [one.product for one in held]
-    torch._foreach_copy_(products, [one.source for one in held])
-    torch._foreach_mul_(products, [one.factor for one in held])
+        self.forget()

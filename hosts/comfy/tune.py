@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -17,10 +18,13 @@ import comfy.utils
 import latent_preview
 import torch
 import torch.nn.functional as F
+from comfy.ldm.modules.attention import BasicTransformerBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ...errors import ModelError
 from ...quant.timestep import NUM_TIMESTEPS
@@ -38,6 +42,9 @@ UNET = "diffusion_model."
 # Of recorded calls, spread over the run: 2.5 MB each for SDXL at 1024 x 1024 with guidance.
 MOST_CALLS = 256
 PREVIEW_EVERY = 10
+# From so many weights on, a block's activations are made a second time on the way back instead of being kept: a third more time, and
+# full-size SDXL, whose twin alone is 4.8 GiB, can be tuned at all on a card of a few GB more.
+RECOMPUTES_FROM = 500_000_000
 # A mean over a latent's 65,536 values leaves gradients below what fp16 holds.
 FP16_LOSS_SCALE = 2.0**12
 
@@ -166,6 +173,8 @@ class _Trainer:
         self._unet = _float_twin(model, self._device, self.dtype)
         for name in tables:
             self._bind(self._unet.get_submodule(name), name)
+        if sum(parameter.numel() for parameter in self._unet.parameters()) >= RECOMPUTES_FROM:
+            _recompute_blocks(self._unet)
         self._latents = None if pictures is None else _plain(model.model.process_latent_in(pictures.latents))
         self._condition = condition
         self._denoised: Tensor | None = None
@@ -242,11 +251,19 @@ class _Trainer:
         module.forward = forward
 
 
+class _TwinOps(comfy.ops.disable_weight_init):
+    """Under dynamic VRAM ComfyUI's own Linear has no weight until one is loaded."""
+
+    class Linear(nn.Linear):
+        def reset_parameters(self) -> None:
+            """The weights are copied in."""
+
+
 def _float_twin(model: ModelPatcher, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A plain UNet of ComfyUI's with the weights that the codes stand for, none of them an inference tensor."""
     source = model.model.diffusion_model
     config = {**model.model.model_config.unet_config, "dtype": dtype, "device": device}
-    twin = type(source)(**config, operations=comfy.ops.disable_weight_init)
+    twin = type(source)(**config, operations=_TwinOps)
     state_dict = model.model_state_dict(UNET)
     layers = dict(quantized_layers(source))
     with torch.no_grad():
@@ -257,3 +274,10 @@ def _float_twin(model: ModelPatcher, device: torch.device, dtype: torch.dtype) -
             weight = live if backup is None else backup.weight
             parameter.copy_(weight.dequantize() if layer is not None else weight)
     return twin.eval().requires_grad_(False)
+
+
+def _recompute_blocks(unet: nn.Module) -> None:
+    """Let the blocks keep their inputs only."""
+    for block in unet.modules():
+        if isinstance(block, ResBlock | BasicTransformerBlock):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from contextlib import AbstractContextManager
 from functools import cache
+from types import BuiltinFunctionType
 
 import torch
 from comfy.ldm.modules import attention
@@ -29,6 +30,15 @@ def prefers_cudnn(x: Tensor, transformer_options: dict) -> bool:
         and attention.optimized_attention is attention.attention_pytorch
         and x.dtype in (torch.float16, torch.bfloat16)
         and _capability(x.device) == CUDNN_IS_FASTER
+    )
+
+
+def is_torch_attention(transformer_options: dict) -> bool:
+    """Whether ComfyUI's attention function would be PyTorch's, and nobody else's code."""
+    return (
+        OVERRIDE not in transformer_options
+        and attention.optimized_attention is attention.attention_pytorch
+        and isinstance(functional.scaled_dot_product_attention, BuiltinFunctionType)
     )
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..tap import TimestepTap
+from . import attention
 
 # Patches that are given the embedding between blocks and could change it in place.
 EMBEDDING_PATCHES = {"forward_timestep_embed_patch", "middle_block_after_patch"}
@@ -17,16 +21,34 @@ class CallScope:
 
     def __init__(self, tap: TimestepTap) -> None:
         self._tap = tap
+        # Changes whenever a held weight's tensors, scales or branches do; None while weights are not held. Set by graph.py.
+        self.standing: Hashable = None
         self.close()
 
-    def open(self, cudnn_first: bool, transformer_options: dict) -> None:
-        """A UNet call begins. cudnn_first: attention.cudnn_first is in force."""
-        self.cudnn_first = cudnn_first
+    def open(self, prefers_cudnn: bool, transformer_options: dict) -> None:
+        """A UNet call begins. prefers_cudnn: as attention.prefers_cudnn has it."""
+        self._prefers_cudnn = prefers_cudnn
         self._shares_embedding = EMBEDDING_PATCHES.isdisjoint(transformer_options.get("patches", ()))
 
     def close(self) -> None:
-        self.cudnn_first = self._shares_embedding = False
+        self._prefers_cudnn = self.cudnn_first = self._shares_embedding = False
         self.forget()
+
+    @contextmanager
+    def for_graph(self) -> Iterator[None]:
+        """What runs in the block becomes a CUDA graph, or is run as such a one is: attention tries cuDNN first, if that is preferred.
+
+        Not otherwise: cuDNN's attention takes less of the GPU's time and more of the processor's, which without a graph is the longer.
+        """
+        if not self._prefers_cudnn:
+            yield
+            return
+        self.cudnn_first = True
+        try:
+            with attention.cudnn_first():
+                yield
+        finally:
+            self.cudnn_first = False
 
     def forget(self) -> None:
         """Let go of the tensors computed so far."""

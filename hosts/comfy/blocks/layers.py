@@ -1,7 +1,7 @@
 """Quantized layers with what surrounds them: the norm or gate before, the addition after. Falls back to the modules one by one.
 
 A layer that has a weight function, a scheme without integer compute or no codes runs its own forward, and so does its norm;
-a LoRA branch runs beside the product where its float input is at hand. Weights are borrowed one at a time: ComfyUI's
+a low-rank branch runs beside the product where its float input is at hand. Weights are borrowed one at a time: ComfyUI's
 buffers for offloaded weights are reused as soon as two more have been fetched.
 """
 
@@ -21,18 +21,21 @@ from ....quant.scheme import ActivationMode, ComputeType
 from ... import fused
 from ...compute import LayerTensors
 from ...fused import NormTensors
+from ...fused_transformer import Added, Gated, Normed
 from ..graph_capture import is_capturing
 from ..ops import QuantizableOp, borrow_norm, resident_norm
 
 FUSABLE = (ActivationMode.TOKEN, ActivationMode.STATIC)
+# What GroupNorm and SiLU write for a convolution; other producers have no 16-bit codes, and such layers run one by one.
+FUSABLE_CONV = (*FUSABLE, ActivationMode.TOKEN16)
 
 
-def can_fuse(layer: nn.Module) -> bool:
-    """Whether the layer takes int8 or fp8 codes that a producer can write. Does not change after a model is attached."""
+def can_fuse(layer: nn.Module, modes: Sequence[ActivationMode] = FUSABLE) -> bool:
+    """Whether the layer takes codes that a producer can write, in one of the modes. Does not change after a model is attached."""
     if not isinstance(layer, QuantizableOp) or not layer.is_quantized:
         return False
     inputs = layer.weight.shape[1]
-    return layer.scheme.activation in FUSABLE and layer.scheme.compute is not ComputeType.FP16 and inputs <= MAX_ROW
+    return layer.scheme.activation in modes and layer.scheme.compute is not ComputeType.FP16 and inputs <= MAX_ROW
 
 
 def stored_scale(layer: QuantizableOp, bucket: Tensor, units: int) -> StaticScale | None:
@@ -68,7 +71,7 @@ def held_tensors(x: Tensor, norm: nn.Module | None, layers: Sequence[Quantizable
             return None
         found.append(tensors)
     for layer in layers:
-        if layer.branch is not None or not layer.is_held or not layer.kernels_fit():
+        if layer.has_branch or not layer.is_held or not layer.kernels_fit():
             return None
         found.append(layer.resident.tensors)
     return found
@@ -80,12 +83,12 @@ class WrittenOut:
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers = layers
         is_alike = len({tuple(layer.weight.shape) for layer in layers}) == 1
-        self._possible = is_alike and all(can_fuse(layer) and layer.scheme.is_int4 for layer in layers)
+        self.possible = is_alike and all(can_fuse(layer) and layer.scheme.is_int4 for layer in layers)
 
     def __call__(self, x: Tensor) -> list[LayerTensors | None]:
         """x (..., K): has the rows that the layers are going to read. None for each layer if they are to run as they are."""
         found = None
-        if self._possible and (held := held_tensors(x, None, self._layers)):
+        if self.possible and (held := held_tensors(x, None, self._layers)):
             found = fused.written_out(held, x.numel() // x.shape[-1], self._layers[0].weight.shape[1])
         return found or [None] * len(self._layers)
 
@@ -103,13 +106,21 @@ class NormedLinears:
 
     def __call__(self, x: Tensor, bucket: Tensor, written_out: Sequence[LayerTensors | None] = ()) -> list[Tensor]:
         """x (..., K) -> per layer (..., N). written_out: the layers' tensors to use instead of their own, if not None."""
-        outputs = None
-        if self._fusable and not any(layer.weight_function for layer in self._layers) and self._share_tables():
-            outputs = self._fused(x, bucket, written_out)
+        if (held := self.held(x, bucket)) is not None:
+            return fused.normed_products(x, held.norm, held.static, list(written_out if any(written_out) else held.layers))
+        outputs = self._fused(x, bucket) if self._can_fuse() else None
         if outputs is None:
             y = self._norm(x)
             outputs = [layer(y) for layer in self._layers]
         return outputs
+
+    def held(self, x: Tensor, bucket: Tensor) -> Normed | None:
+        """What runs in one piece for x (..., K); None if the layers must be borrowed one by one, or not be fused."""
+        held = held_tensors(x, self._norm, self._layers) if self._can_fuse() else None
+        return held and Normed(held[0], stored_scale(self._layers[0], bucket, x.numel() // x.shape[-1]), tuple(held[1:]))
+
+    def _can_fuse(self) -> bool:
+        return self._fusable and not any(layer.weight_function for layer in self._layers) and self._share_tables()
 
     def _share_tables(self) -> bool:
         """Whether one quantization serves all. Compares values, which waits for the GPU: once, and when tables are replaced."""
@@ -123,11 +134,8 @@ class NormedLinears:
             self._shared = all(_equal(table, first) for table, first in zip(tables, tables[:2] * len(self._layers), strict=True))
         return self._shared
 
-    def _fused(self, x: Tensor, bucket: Tensor, written_out: Sequence[LayerTensors | None]) -> list[Tensor] | None:
-        if held := held_tensors(x, self._norm, self._layers):
-            static = stored_scale(self._layers[0], bucket, x.numel() // x.shape[-1])
-            return fused.normed_products(x, held[0], static, list(written_out) if any(written_out) else held[1:])
-        has_branch = any(layer.branch is not None for layer in self._layers)
+    def _fused(self, x: Tensor, bucket: Tensor) -> list[Tensor] | None:
+        has_branch = any(layer.has_branch for layer in self._layers)
         with borrow_norm(self._norm, x) as norm:
             if norm is None:
                 return None
@@ -139,32 +147,37 @@ class NormedLinears:
                 if tensors is None:
                     return None
                 output = fused.product(codes, tensors, x.dtype).view(*x.shape[:-1], -1)
-            outputs.append(output if layer.branch is None else output + layer.branch.linear(y))
+                outputs.append(_with_branches(output, y, tensors, layer))
         return outputs
 
 
 class AddedLinear:
-    """A Linear whose result is added to a residual: attention's output, the feed-forward's second layer, proj_out."""
+    """A Linear whose result is added to a residual, if there is one: attention's output, the feed-forward's second layer, proj_out."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer, self._fusable = layer, can_fuse(layer)
 
-    def __call__(self, x: Tensor, residual: Tensor, bucket: Tensor, written_out: LayerTensors | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None, bucket: Tensor, written_out: LayerTensors | None = None) -> Tensor:
         """x (..., K), residual (..., N) -> (..., N). written_out: the layer's tensors to use instead of its own."""
+        if (held := self.held(x, bucket)) is not None:
+            return fused.added_product(x, held.static, written_out or held.layer, residual)
         layer, output = self._layer, None
         if self._fusable and not layer.weight_function:
-            static = stored_scale(layer, bucket, x.numel() // x.shape[-1])
-            if held := held_tensors(x, None, [layer]):
-                return fused.added_product(x, static, written_out or held[0], residual)
-            output = self.of_codes(fused.quantize(x, static, layer.code_dtype), x, residual)
+            codes = fused.quantize(x, stored_scale(layer, bucket, x.numel() // x.shape[-1]), layer.code_dtype)
+            output = self.of_codes(codes, x, residual, branches=layer.has_branch)
         if output is None:
-            return layer(x) + residual
-        return output if layer.branch is None else output + layer.branch.linear(x)
+            output = layer(x) if residual is None else layer(x) + residual
+        return output
+
+    def held(self, x: Tensor, bucket: Tensor) -> Added | None:
+        """What runs in one piece for x, which has the dtype and rows of the layer's input; None as NormedLinears.held."""
+        held = held_tensors(x, None, [self._layer]) if self._fusable and not self._layer.weight_function else None
+        return held and Added(stored_scale(self._layer, bucket, x.numel() // x.shape[-1]), held[0])
 
     def after_geglu(self, x: Tensor, residual: Tensor | None, bucket: Tensor) -> Tensor:
         """x (..., 2K), values before gates; residual (..., N) or None -> (..., N)."""
         layer, output = self._layer, None
-        if self._fusable and layer.branch is None and not layer.weight_function:
+        if self._fusable and not layer.has_branch and not layer.weight_function:
             codes = fused.geglu(x, stored_scale(layer, bucket, x.numel() // x.shape[-1]), layer.code_dtype)
             output = self.of_codes(codes, x, residual)
         if output is None:
@@ -173,13 +186,17 @@ class AddedLinear:
             output = output if residual is None else output + residual
         return output
 
-    def of_codes(self, codes: fused.QuantizedActivation, x: Tensor, residual: Tensor | None) -> Tensor | None:
-        """codes (M, K); x: has the shape before the layer's width, and the dtype. None if the layer must run its own forward."""
+    def of_codes(self, codes: fused.QuantizedActivation, x: Tensor, residual: Tensor | None, branches: bool = False) -> Tensor | None:
+        """codes (M, K); x: has the shape before the layer's width, and the dtype. None if the layer must run its own forward.
+
+        branches: x is the layer's float input, for its branches.
+        """
         addend = None if residual is None else residual.reshape(-1, residual.shape[-1]).contiguous()
         with self._layer.borrow(x) as tensors:
             if tensors is None:
                 return None
-            return fused.product(codes, tensors, x.dtype, addend).view(*x.shape[:-1], -1)
+            output = fused.product(codes, tensors, x.dtype, addend).view(*x.shape[:-1], -1)
+            return _with_branches(output, x, tensors, self._layer) if branches else output
 
 
 class GatedLinears:
@@ -189,29 +206,45 @@ class GatedLinears:
         self._norm, self._projection, self._second_layer = norm, projection, second
         self._gates, self._second = NormedLinears(norm, [projection]), AddedLinear(second)
         self._fusable = can_fuse(projection) and can_fuse(second)
+        self._makes_floats = can_fuse(projection) and not can_fuse(second) and not projection.scheme.is_fp8
         self._is_fp8 = self._fusable and second.scheme.is_fp8 and not projection.scheme.is_int4
         self._bounded: Callable[[], Tensor | None] = lambda: None  # the projection's weight that _bounding is of
         self._bounding: StaticScale | None = None
 
     def __call__(self, x: Tensor, residual: Tensor, bucket: Tensor) -> Tensor:
         """x (..., K), residual (..., N) -> (..., N)."""
-        y = None
-        if self._fusable and all(layer.branch is None and not layer.weight_function for layer in (self._projection, self._second_layer)):
-            y = self._fused(x, residual, bucket)
+        if (held := self.held(x, bucket)) is not None:
+            return fused.feed_forward(x, held.norm, held.statics, held.projection, held.second, residual)
+        if (values := self._values(x, bucket)) is not None:
+            return self._second_layer(values) + residual
+        y = self._fused(x, residual, bucket) if self._can_fuse() else None
         if y is None:
             (gates,) = self._gates(x, bucket)
             y = self._second.after_geglu(gates, residual, bucket)
         return y
 
+    def held(self, x: Tensor, bucket: Tensor) -> Gated | None:
+        """What runs in one piece for x (..., K); None as NormedLinears.held."""
+        held = held_tensors(x, self._norm, (self._projection, self._second_layer)) if self._can_fuse() else None
+        if held is None:
+            return None
+        (norm, projection, second), rows = held, x.numel() // x.shape[-1]
+        static = self._bound(norm, projection) or stored_scale(self._second_layer, bucket, rows)
+        return Gated(norm, (stored_scale(self._projection, bucket, rows), static), projection, second)
+
+    def _values(self, x: Tensor, bucket: Tensor) -> Tensor | None:
+        """GEGLU of x (..., K) in floats, never written with its gates, for a second layer that stays 16 bit; None if not held."""
+        layer = self._projection
+        if not self._makes_floats or layer.weight_function or not (held := held_tensors(x, self._norm, [layer])):
+            return None
+        return fused.gated_values(x, held[0], stored_scale(layer, bucket, x.numel() // x.shape[-1]), held[1])
+
+    def _can_fuse(self) -> bool:
+        layers = self._projection, self._second_layer
+        return self._fusable and not any(layer.has_branch or layer.weight_function for layer in layers)
+
     def _fused(self, x: Tensor, residual: Tensor, bucket: Tensor) -> Tensor | None:
         rows = x.numel() // x.shape[-1]
-        if held := held_tensors(x, self._norm, (self._projection, self._second_layer)):
-            norm, projection, second = held
-            statics = (
-                stored_scale(self._projection, bucket, rows),
-                self._bound(norm, projection) or stored_scale(self._second_layer, bucket, rows),
-            )
-            return fused.feed_forward(x, norm, statics, projection, second, residual)
         with borrow_norm(self._norm, x) as norm:
             if norm is None:
                 return None
@@ -246,7 +279,7 @@ class GroupNormedLinear:
     def __call__(self, x: Tensor, bucket: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, H * W, N)."""
         layer, tokens = self._layer, None
-        if self._fusable and layer.branch is None and not layer.weight_function:
+        if self._fusable and not layer.has_branch and not layer.weight_function:
             tokens = self._fused(x, bucket)
         return layer(self._norm(x).permute(0, 2, 3, 1).flatten(1, 2)) if tokens is None else tokens
 
@@ -266,7 +299,7 @@ class ActivatedConv:
 
     def __init__(self, norm: nn.GroupNorm, conv: nn.Module) -> None:
         self._norm, self._conv = norm, conv
-        self._fusable = can_fuse(conv) and norm.num_groups == GROUPS
+        self._fusable = can_fuse(conv, FUSABLE_CONV) and norm.num_groups == GROUPS
         self._zero_point = self._fusable and not conv.scheme.symmetric
 
     def __call__(self, x: Tensor, addend: Tensor, bucket: Tensor, skip: Tensor | None = None) -> Tensor:
@@ -332,6 +365,13 @@ class UpsampledConv:
                 return None
             codes = fused.nearest_2x(fused.quantize_images(x, stored_scale(conv, bucket, x.shape[0]), conv.code_dtype))
             return fused.convolution(codes, tensors, x.dtype, conv.stride[0], conv.padding[0])
+
+
+def _with_branches(y: Tensor, x: Tensor, tensors: LayerTensors, layer: QuantizableOp) -> Tensor:
+    """y (..., N) of the layer's codes, and what its own branch and a LoRA's add to it for its float input x (..., K)."""
+    for branch in (tensors.branch, layer.branch):
+        y = y if branch is None else y + branch.linear(x)
+    return y
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..guard import Guard, Unowned, is_stock
 from .call_scope import CallScope
 from .joined import parts_of, plain
-from .layers import ActivatedConv, JoinedConv
+from .layers import ActivatedConv, AddedLinear, JoinedConv
 
 
 class FusedResBlock:
@@ -21,7 +21,7 @@ class FusedResBlock:
 
     def __init__(self, block: ResBlock, scope: CallScope) -> None:
         self._block, self._scope = Unowned(block), scope
-        self._embedding = block.emb_layers[1]
+        self._embedding = AddedLinear(block.emb_layers[1])
         self._first = ActivatedConv(block.in_layers[0], block.in_layers[2])
         self._second = ActivatedConv(block.out_layers[0], block.out_layers[3])
         self._skip = None if isinstance(block.skip_connection, nn.Identity) else block.skip_connection
@@ -55,7 +55,7 @@ class FusedResBlock:
             return type(block).forward(block, plain(x), emb)
         comfy.ops.run_every_op()
         bucket = self._scope.bucket(x.device)
-        embedding = self._embedding(self._scope.activated(emb))
+        embedding = self._embedding(self._scope.activated(emb), None, bucket)
         if self._joined_skip is None:
             x, other = plain(x), None
         else:

@@ -7,9 +7,10 @@ import torch
 from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock, CrossAttention, FeedForward
 from torch import Tensor, nn
 
+from ...fused_transformer import TransformerTensors, transformer_block
 from ..guard import Guard, Unowned, is_stock
 from ..kv_cache import CrossAttentionCache
-from .attention import attend
+from .attention import attend, is_torch_attention
 from .call_scope import CallScope
 from .layers import AddedLinear, GatedLinears, NormedLinears, WrittenOut
 
@@ -51,6 +52,7 @@ class FusedTransformerBlock:
     def __init__(self, block: BasicTransformerBlock, name: str, scope: CallScope, cache: CrossAttentionCache) -> None:
         """name: the block's in the UNet."""
         self._block, self._scope, self._cache = Unowned(block), scope, cache
+        self._norm = block.norm1
         self._heads, self._precision = block.attn1.heads, block.attn1.attn_precision
         own, cross, feed_forward = block.attn1, block.attn2, block.ff.net
         self._own_inputs = NormedLinears(block.norm1, [own.to_q, own.to_k, own.to_v])
@@ -84,15 +86,40 @@ class FusedTransformerBlock:
             return type(block).forward(block, x, context=context, transformer_options=options)
         comfy.ops.run_every_op()
         bucket = self._scope.bucket(x.device)
+        if (whole := self._whole(x, bucket, options)) is not None:
+            k, v = self._prompt(context)
+            return transformer_block(x, k, v, whole)
         *inputs, own_output, query, cross_output = self._written_out(x)
-        q, k, v = self._own_inputs(x, bucket, inputs)
-        y = attend(q, k, v, self._heads, self._precision, options, self._scope.cudnn_first)
+        # What is not needed any more is let go of: at 1024x1024 each of these is 10 MiB, and the feed-forward needs most memory.
+        y = attend(*self._own_inputs(x, bucket, inputs), self._heads, self._precision, options, self._scope.cudnn_first)
         x = self._own_output(y, x, bucket, own_output)
-        (q,) = self._query(x, bucket, [query])
-        k, v = self._cache.lookup(self._cross_name) or (self._cross.to_k(context), self._cross.to_v(context))
-        y = attend(q, k, v, self._heads, self._precision, options, self._scope.cudnn_first)
+        k, v = self._prompt(context)
+        y = attend(*self._query(x, bucket, [query]), k, v, self._heads, self._precision, options, self._scope.cudnn_first)
         x = self._cross_output(y, x, bucket, cross_output)
+        del y, inputs, own_output, query, cross_output
         return self._feed_forward(x, x, bucket)
+
+    def _prompt(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """The prompt's keys and values."""
+        return self._cache.lookup(self._cross_name) or (self._cross.to_k(context), self._cross.to_v(context))
+
+    def _whole(self, x: Tensor, bucket: Tensor, options: dict) -> TransformerTensors | None:
+        """All weights, if the block can run in one piece; gathered once for all calls in which they are the same.
+
+        Kept with the weights that residency.py lends, and so let go of with them.
+        """
+        resident, standing = self._norm.resident, self._scope.standing
+        if standing is None or resident is None or not is_torch_attention(options):
+            return None
+        standing = (standing, id(bucket), x.shape, x.dtype)
+        if resident.standing != standing:
+            resident.standing, resident.block = standing, (bucket, self._gather(x, bucket))
+        return resident.block[1]
+
+    def _gather(self, x: Tensor, bucket: Tensor) -> TransformerTensors | None:
+        layers = self._own_inputs, self._own_output, self._query, self._cross_output, self._feed_forward
+        parts = [layer.held(x, bucket) for layer in layers]
+        return None if None in parts else TransformerTensors(*parts, self._heads, self._written_out.possible)
 
     def _steps_aside(self, x: Tensor, context: Tensor | None, options: dict) -> bool:
         patches, replaced = options.get("patches"), options.get("patches_replace")

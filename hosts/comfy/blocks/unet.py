@@ -36,13 +36,9 @@ class ScopedUNet:
         """`forward`, with everything positional up to transformer_options."""
         unet, options = self._unet(), inputs[-1]
         stock, arguments = type(unet).forward, (unet, x, *inputs)
-        cudnn_first = attention.prefers_cudnn(x, options)
-        self._scope.open(cudnn_first, options)
+        self._scope.open(attention.prefers_cudnn(x, options), options)
         try:
-            if not cudnn_first:
-                return stock(*arguments, **kwargs)
-            with attention.cudnn_first():
-                return stock(*arguments, **kwargs)
+            return stock(*arguments, **kwargs)
         finally:
             self._scope.close()
             self._cache.close()
