@@ -44,8 +44,8 @@ with a MODEL, tried in a real ComfyUI {comfyui} on a CPU with a thin SDXL of ran
 GPU_HEAD = """## On a GPU
 
 The same suite on an {devices}, in fp16, with real CUDA graphs: *plain*, *fused* and *graph* under dynamic VRAM, as ComfyUI starts on
-NVIDIA; *classic* is the graph without it. Here "as it was" means within 2 %, less than any contract's own effect: a GPU may choose another
-algorithm for the next call. Empty cells were not run with this version.
+NVIDIA; *classic* is the graph without it, which has no dynamic VRAM to lose weights from. Here "as it was" means within 2 %, less than any
+contract's own effect: a GPU may choose another algorithm for the next call. Empty cells were not run with this version.
 
 {summary}
 

@@ -24,7 +24,7 @@ from quality_judge import Judge
 from quality_layers import GroupingCache, build_unet
 from quality_measure import Adherence, Candidate, Closeness, adherence, in_place, judged, measure_closeness
 from quality_records import append, closeness_record, general_record
-from quality_rows import ALL_MODES, CHANNEL_GROUPS, FP16, GRANULARITY, PLAN, Row, build_row
+from quality_rows import ALL_MODES, CHANNEL_GROUPS, FP16, GRANULARITY, PLAN, PLAN_FLOOR, Row, build_row
 from quality_sheet import write_sheet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -42,7 +42,8 @@ from stepquant.hosts.diffusers.smoothing import smooth_unet
 from stepquant.hosts.diffusers.trajectory import Sampling
 from stepquant.hosts.key_mapping import ldm_to_diffusers
 from stepquant.quant.calibration import Calibration
-from stepquant.quant.grouping import choose_groups
+from stepquant.quant.grouping import Grouping, choose_groups
+from stepquant.quant.layer_noise import LayerOptions
 from stepquant.quant.layers import find_layers
 from stepquant.quant.log2_attention import AttentionMode, AttentionScheme
 from stepquant.quant.plan import Plan, make_plan, measure_options, unquantized_bytes
@@ -76,6 +77,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--bits", nargs="+", type=int, default=[8], help="of activations; fewer than 8 are simulated")
     parser.add_argument("--adherence", type=int, default=0, help="prompts to judge, half of them held out; at most 1024")
     parser.add_argument("--adherence-modes", nargs="+", choices=ALL_MODES, default=[PLAN])
+    parser.add_argument("--verdicts", type=Path, help="on fp16's pictures, for runs side by side; made and written if it is missing")
     parser.add_argument("--general", action="store_true", help="also other samplers, steps, a resolution and prompts")
     parser.add_argument("--general-only", action="store_true")
     parser.add_argument("--general-modes", nargs="+", choices=ALL_MODES, default=["w8a8-static", "w8a8-token", PLAN])
@@ -87,6 +89,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--moments", type=Path, help="second moments of layers' inputs; made and written if it is missing")
     parser.add_argument("--sensitivity", type=Path, help="a calibration whose sensitivities are taken instead of measured anew")
     parser.add_argument("--recipe", type=Path, help="of the plan; made and written if it is missing")
+    parser.add_argument("--floor", type=float, default=50.0, help="predicted SQNR in dB of mode plan-floor, which is named after it")
+    parser.add_argument("--floor-recipe", type=Path, help="of mode plan-floor; made and written if it is missing")
     parser.add_argument("--prepare", choices=("calibration", "plan"), help="only make --calibration, or --recipe too")
     parser.add_argument("--sheet", type=Path, help="JPEG of the first prompts, one column per mode")
     parser.add_argument("--sheet-modes", nargs="+", choices=ALL_MODES, default=list(ALL_MODES))
@@ -135,7 +139,13 @@ class Bench:
     @cached_property
     def plan(self) -> Recipe:
         """Made at its first use: probing every layer takes longer than calibrating."""
-        file = self.args.recipe
+        return self._planned(self.args.recipe, Budget())
+
+    @cached_property
+    def floor_plan(self) -> Recipe:
+        return self._planned(self.args.floor_recipe, Budget(sqnr_db=self.args.floor))
+
+    def _planned(self, file: Path | None, budget: Budget) -> Recipe:
         if file is not None and file.exists():
             return Recipe.from_json(json.loads(file.read_text(encoding="utf-8")), str(file))
         if self.args.sensitivity is not None:
@@ -143,7 +153,7 @@ class Bench:
         if not self.calibration.sensitivity:
             measure = lambda: measure_sensitivity(self.pipeline, CALIBRATION[0], self._sampling())  # noqa: E731
             self.calibration.sensitivity = _timed("sensitivities", measure)
-        plan = _timed("plan", self._make_plan)
+        plan = _timed("plan", lambda: self._make_plan(budget))
         _say("plan: " + "; ".join(plan.lines()))
         if file is not None:
             file.write_text(json.dumps(plan.recipe.to_json()), encoding="utf-8")
@@ -165,9 +175,12 @@ class Bench:
         return self.pipeline.unet.get_submodule(ldm_to_diffusers(name)).weight.float().cpu()
 
     def row(self, mode: str, bits: int) -> Row:
-        return build_row(mode, bits, self.layers, self.calibration, lambda: self.plan, self.known, self.weight_of, lambda: self.moments)
+        plan = lambda mode: self.floor_plan if mode == PLAN_FLOOR else self.plan  # noqa: E731
+        row = build_row(mode, bits, self.layers, self.calibration, plan, self.known, self.weight_of, lambda: self.moments)
+        return replace(row, mode=row.mode.replace(PLAN_FLOOR, f"{PLAN}-{self.args.floor:g}"))
 
-    def _make_plan(self) -> Plan:
+    @cached_property
+    def _options(self) -> tuple[list[LayerOptions], Grouping]:
         grouping = choose_groups("optimal", DEFAULT_GROUPS, self.calibration, preset_recipe("w8a8-static", self.layers).schemes)
         options = measure_options(
             self.layers,
@@ -176,9 +189,13 @@ class Bench:
             grouping,
             channel_groups=CHANNEL_GROUPS,
             granularity=GRANULARITY,
-            moments=self.moments,
+            moments=self.moments.get,
         )
-        return make_plan(options, Budget(), grouping, self.other_bytes)
+        return options, grouping
+
+    def _make_plan(self, budget: Budget) -> Plan:
+        options, grouping = self._options
+        return make_plan(options, budget, grouping, self.other_bytes)
 
     def candidate(self, row: Row) -> Candidate:
         parts = (self.pipeline.unet, row.plans, self.calibration, row.bits, self.cache)
@@ -195,7 +212,7 @@ class Bench:
         prompts = _prompts(args.prompts)
         reference = record_reference(self.pipeline, prompts, Sampling(args.steps, args.guidance, 0), args.batch)
         judge = Judge(args.device) if args.adherence else None
-        right = self._judged(judge, FP16) if judge else None
+        right = self._verdicts(judge) if judge else None
         if FP16 in args.modes:
             own = None if right is None else adherence(right, right, _seen(len(right)))
             append(self.file, closeness_record(self, FP16, None, own))
@@ -233,6 +250,17 @@ class Bench:
             columns.append((f"{row.mode}\n{closeness.steps.mean_db():.1f} dB", closeness.pictures[:SHEET_PROMPTS]))
         seconds = time.perf_counter() - start
         _say(f"{self.model} {row.mode}: {_figures(closeness, found)}; {built:.0f} of {seconds:.0f} s to build")
+
+    def _verdicts(self, judge: Judge) -> Tensor:
+        file = self.args.verdicts
+        if file is not None and file.exists():
+            return load_file(file)["right"]
+        right = self._judged(judge, FP16)
+        if file is not None:
+            # Renamed when it is whole: another run may be waiting for it.
+            save_file({"right": right}, file.with_suffix(".part"))
+            file.with_suffix(".part").replace(file)
+        return right
 
     def _judged(self, judge: Judge, title: str) -> Tensor:
         args = self.args

@@ -3,7 +3,7 @@
     python benchmarks/quality_int4_rows.py --model demo|hard --calibration FILE --out FOLDER    # plan, Hessians, reconstruction
     STEPQUANT_ROUNDED=FOLDER python benchmarks/quality.py --model demo|hard --modes w4a8-best ...
 
-Weights of 4 bits run as the int8 codes that they are exactly; GGUF's are simulated in floats. Prompts rounded on are not measured.
+Weights of 4 bits run as the int8 codes that they are exactly; GGUF's are simulated in floats. Prompts rounded on are in no row.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from torch import Tensor
 
 from stepquant.demo.hard_variant import harden, read_factors
 from stepquant.demo.pipeline import load_demo_pipeline
-from stepquant.demo.prompts import CALIBRATION, seen_prompts
+from stepquant.demo.prompts import CALIBRATION, heldout_prompts, seen_prompts
+from stepquant.demo.recipe.scenes import BACKGROUNDS
 from stepquant.errors import CalibrationError
 from stepquant.hosts.diffusers.calibrate import measure_sensitivity
-from stepquant.hosts.diffusers.int4_hessians import gather_hessians
+from stepquant.hosts.diffusers.hessians import gather_hessians
 from stepquant.hosts.diffusers.quantize import unet_shapes
 from stepquant.hosts.diffusers.reconstruct import Reconstruction, reconstruct
 from stepquant.hosts.diffusers.trajectory import Sampling
@@ -198,13 +199,13 @@ def main() -> int:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ[FOLDER_VARIABLE] = str(args.out)
-    pipeline = _pipeline(args.model, args.device)
+    pipeline = open_pipeline(args.model, args.device)
     layers = find_layers(unet_shapes(pipeline.unet))
     calibration = Calibration.load(args.calibration)
     if not (args.out / PLAN_FILE).exists():
         plan = _timed("plan", lambda: _plan(pipeline, layers, calibration))
         (args.out / PLAN_FILE).write_text(json.dumps(plan.recipe.to_json()), encoding="utf-8")
-    prompts = seen_prompts(512)[-40:]  # the table measures the first ones
+    prompts = rounding_prompts()
     _timed("Hessians", lambda: gather_hessians(pipeline, prompts, args.out / HESSIANS, Sampling(steps=6), batch_size=8))
     how = Reconstruction(training=Training(args.iterations))
     for kind in args.recipes:
@@ -213,7 +214,21 @@ def main() -> int:
     return 0
 
 
-def _pipeline(model: str, device: str):
+def rounding_prompts(count: int = 40) -> list[str]:
+    """Prompts that no row is measured or judged on: trained ones, each on a background that is not its own."""
+    known = {*seen_prompts(512), *heldout_prompts(512)}
+    things = [prompt.removesuffix(" background").rpartition(", ") for prompt in seen_prompts(512)]
+    colours = list(BACKGROUNDS)
+    moved = [
+        f"{thing}, {colours[(colours.index(colour) + 1 + index) % len(colours)]} background"
+        for index, (thing, _, colour) in enumerate(things)
+        if colour in colours
+    ]
+    return [prompt for prompt in moved if prompt not in known][-count:]
+
+
+def open_pipeline(model: str, device: str):
+    """The demo model, or its hard variant: fp16 on a GPU, fp32 elsewhere."""
     dtype = torch.float16 if device.startswith("cuda") else torch.float32
     pipeline = load_demo_pipeline(dtype, device)
     if model == "hard":

@@ -19,7 +19,7 @@ from stepquant.hosts.diffusers.quantize import build_layer, replace_layer
 from stepquant.hosts.diffusers.timestep_tap import TimestepTap
 from stepquant.hosts.key_mapping import ldm_to_diffusers
 from stepquant.quant.activation_choice import choose_grouping
-from stepquant.quant.activation_noise import above_low, group_importance
+from stepquant.quant.activation_noise import WIDE_MAX, above_low, group_importance
 from stepquant.quant.calibration import ActivationTables, Calibration, quantized_values, static_range
 from stepquant.quant.channel_group import ChannelGrouping, grouped_statistics, weight_energy, within_int32
 from stepquant.quant.file_format import QuantizedLayer
@@ -189,8 +189,9 @@ class SimulatedLayer(nn.Module):
         if self.act_scale is None:
             if _is_spatial(self.weight) and not self.scheme.symmetric:
                 return above_low(x, x.amax((1, 2, 3)), self.bits)
-            scale = _dynamic_absmax(x, self.weight).clamp_min(SMALLEST_SCALE) / (2 ** (self.bits - 1) - 1)
-            return quantized_values(x, scale, 0, True, self.bits)
+            largest, bits = (WIDE_MAX, 16) if self.scheme.is_wide else (2 ** (self.bits - 1) - 1, self.bits)
+            scale = _dynamic_absmax(x, self.weight).clamp_min(SMALLEST_SCALE) / largest
+            return quantized_values(x, scale, 0, True, bits)
         shape = (-1, *[1] * (x.ndim - 1))
         zero_point = 0 if self.act_zero_point is None else self.act_zero_point[self.tap.bucket].view(shape)
         return quantized_values(x, self.act_scale[self.tap.bucket].view(shape), zero_point, self.act_zero_point is None, self.bits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,10 +33,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Closeness:
-    """All in dB but integer_share. psnr_db is that of the mean squared error over all pictures; None where nothing was sampled."""
+    """All in dB but integer_share and macs, which is by layer. psnr_db: of the mean squared error over all pictures; None where nothing was
+    sampled."""
 
     steps: StepSqnr
     integer_share: float
+    macs: Mapping[str, int]
     latent_sqnr_db: float | None = None
     psnr_db: float | None = None
     pictures: Tensor | None = None
@@ -61,14 +63,14 @@ def measure_closeness(pipeline, candidate: Candidate, reference: Reference, samp
     with counted(candidate, counter):
         steps = step_sqnr(candidate.unet, reference.trajectory)
     if not sample:
-        return Closeness(steps, counter.integer_share())
+        return Closeness(steps, counter.integer_share(), counter.total_by_layer)
     with in_place(pipeline, candidate):
         latents = sample_latents(pipeline, reference.prompts, reference.sampling, reference.batch_size)
     pictures = decode_latents(pipeline, latents, PICTURES_PER_DECODE)
     error = [10 ** (-value / 10) for value in psnr_db(reference.pictures, pictures)]
     mean = sum(error) / len(error)
     peak = -10 * math.log10(mean) if mean else math.inf
-    return Closeness(steps, counter.integer_share(), sqnr_db(reference.trajectory.latents, latents), peak, pictures)
+    return Closeness(steps, counter.integer_share(), counter.total_by_layer, sqnr_db(reference.trajectory.latents, latents), peak, pictures)
 
 
 @contextmanager

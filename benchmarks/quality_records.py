@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ def closeness_record(bench, row: Row | str, closeness: Closeness | None, found: 
             "activation_bits": row.bits,
             "simulated_layers": simulated,
             "channel_groups": _channel_groups(bench, row),
+            "wide_mac_share": round(_wide_share(row, closeness.macs), 4),
         }
     if found is not None:
         record |= {"adherence": _rounded(found.share), **_difference("adherence_diff", found.all)}
@@ -67,6 +69,12 @@ def _channel_groups(bench, row: Row) -> dict[str, list[int]]:
         if row.bits == bits and name in row.plans and row.plans[name].scheme == scheme:
             found[name] = [grouping.groups, grouping.granularity]
     return found
+
+
+def _wide_share(row: Row, macs: Mapping[str, int]) -> float:
+    """Of the multiply-adds, those of 16-bit codes, which are done twice."""
+    wide = [name for name, plan in row.plans.items() if plan.scheme is not None and plan.scheme.is_wide]
+    return sum(macs.get(name, 0) for name in wide) / max(1, sum(macs.values()))
 
 
 def _size_bytes(bench, row: Row | None) -> int:

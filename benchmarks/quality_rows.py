@@ -20,7 +20,7 @@ from stepquant.quant.scheme import ActivationMode, Scheme
 GRANULARITY, CHANNEL_GROUPS = 8, 16
 
 WeightOf = Callable[[str], Tensor]  # a layer's float weight by name, on the CPU
-KnownGroups = dict[tuple, Grouping]  # by what the choice depends on; it takes seconds
+Known = dict[tuple, object]  # groupings and plans by what they depend on: they take seconds, and several rows share them
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,15 @@ class Method:
     measured: bool = False
 
     def plans(
-        self, layers: Mapping[str, LayerSpec], calibration: Calibration, known: KnownGroups, weight_of: WeightOf, bits: int = 8
+        self, layers: Mapping[str, LayerSpec], calibration: Calibration, known: Known, weight_of: WeightOf, bits: int = 8
+    ) -> dict[str, LayerPlan]:
+        key = (replace(self, log2_attention=False), bits)
+        if key not in known:
+            known[key] = self._plans(layers, calibration, known, weight_of, bits)
+        return known[key]
+
+    def _plans(
+        self, layers: Mapping[str, LayerSpec], calibration: Calibration, known: Known, weight_of: WeightOf, bits: int
     ) -> dict[str, LayerPlan]:
         schemes = {name: self._scheme(spec) for name, spec in layers.items()}
         groups = self._groups(calibration, schemes, known)
@@ -77,7 +85,7 @@ class Method:
             return Scheme(activation=ActivationMode.CHANNEL_GROUP, symmetric=symmetric, channel_groups=groups, granularity=GRANULARITY)
         return Scheme(activation=ActivationMode.STATIC, symmetric=symmetric)
 
-    def _groups(self, calibration: Calibration, schemes: Mapping[str, Scheme], known: KnownGroups) -> Grouping:
+    def _groups(self, calibration: Calibration, schemes: Mapping[str, Scheme], known: Known) -> Grouping:
         # Which layers are static and which of them symmetric is all that the choice depends on.
         key = (self.grouping, self.asymmetric, self.row_scales)
         if key not in known:
@@ -105,10 +113,10 @@ METHODS = {
 }
 NATIVE = ("comfy-int8", "comfy-fp8")
 PRESET_ROWS = ("w8a8-token", "w8a8-static")
-PLAN = "plan"
+PLAN, PLAN_FLOOR = "plan", "plan-floor"  # the best that fits, without 16-bit codes; the fastest that is predicted to reach a floor
 PLAIN, GPTQ = "-plain", "-gptq"  # the plan's weights rounded to nearest; a preset's by second moments, as the plan's are
-PLAN_ROWS, GPTQ_ROWS = (PLAN, PLAN + PLAIN), tuple(row + GPTQ for row in PRESET_ROWS)
-ROUNDED = (PLAN, *GPTQ_ROWS)
+PLAN_ROWS, GPTQ_ROWS = (PLAN, PLAN + PLAIN, PLAN_FLOOR), tuple(row + GPTQ for row in PRESET_ROWS)
+ROUNDED = (PLAN, PLAN_FLOOR, *GPTQ_ROWS)
 FP16 = "fp16"
 ALL_MODES = (FP16, *NATIVE, *METHODS, *PRESET_ROWS, FP8_PRESET, *GPTQ_ROWS, *PLAN_ROWS, *INT4_MODES)
 
@@ -118,12 +126,12 @@ def build_row(
     bits: int,
     layers: Mapping[str, LayerSpec],
     calibration: Calibration,
-    plan: Callable[[], Recipe],
-    known: KnownGroups,
+    plan: Callable[[str], Recipe],
+    known: Known,
     weight_of: WeightOf,
     moments: Callable[[], Mapping[str, Tensor]],
 ) -> Row:
-    """The row of one of ALL_MODES but fp16. bits: of activations; fewer than 8 are simulated. plan: makes the plan's recipe.
+    """The row of one of ALL_MODES but fp16. bits: of activations; fewer than 8 are simulated. plan: mode -> its recipe.
 
     moments: gathers those of layers' inputs that int8 weights are rounded by, in the modes of ROUNDED.
     """
@@ -140,6 +148,6 @@ def build_row(
     if mode == "comfy-fp8":
         return Row(mode, dict.fromkeys(linears, LayerPlan(None)))
     found = moments() if mode in ROUNDED else {}
-    recipe = plan() if mode.removesuffix(PLAIN) == PLAN else preset_recipe(mode.removesuffix(GPTQ), layers)
+    recipe = plan(mode) if mode in PLAN_ROWS else preset_recipe(mode.removesuffix(GPTQ), layers)
     plans = {layer: LayerPlan(scheme, recipe.groups_of(layer), moments=found.get(layer)) for layer, scheme in recipe.schemes.items()}
     return Row(name, plans, bits)

@@ -1,9 +1,9 @@
 """A whole UNet step of SDXL: ComfyUI as shipped, its faster settings, its own int8, and ours, in one run and one table.
 
-    COMFYUI_PATH=<a ComfyUI checkout> python speed.py [--out results.jsonl] [--seconds 240] [--profile] [--compile]
+    COMFYUI_PATH=<a ComfyUI checkout> python speed.py [--out results.jsonl] [--seconds 240] [--profile] [--others compile sdnq ...]
 
-Full-size UNet with random weights, 1024x1024, CFG batch 2, fp16; no text encoder and, but for the two sessions at the end,
-no VAE and no sampler. Times are medians of 20 calls by CUDA events. A graph row is the same call in a CUDA graph: ours
+Full-size UNet with random weights, 1024x1024, CFG batch 2, fp16; no text encoder and, but for the two sessions after our first
+rows, no VAE and no sampler. Times are medians of 20 calls by CUDA events. A graph row is the same call in a CUDA graph: ours
 through the runner that ComfyUI uses, the others' recorded here. The first of our rows starts with an empty Triton cache,
 so its first call is the cold start. SQNR is against the fp16 row's output on the same inputs; random weights amplify any
 noise, so it compares modes and says nothing about pictures. Every row is written as soon as it is measured.
@@ -21,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ from speed_table import Table, say
 
 HERE = Path(__file__).resolve().parent
 CALLS = 20
+# What --others takes.
+OTHERS = {
+    "channels_last": "fp16 channels_last",
+    "compile": "fp16 torch.compile",
+    "int8_tensorwise": "comfy-kitchen int8 Linears",
+    "float8_e4m3fn": "ComfyUI native fp8 Linears",
+    "sdnq": "SDNQ int8 Linears",
+    "sdnq_convs": "SDNQ int8 Linears and convolutions",
+}
 # What --schemes takes.
 PRESETS = {"token": "w8a8-token", "static": "w8a8-static", "fp8": "w8a8-fp8", "int4": "w4a8-token"}
 # What a new process, two models and two pictures take on a slow host; below it the sessions are left out.
@@ -39,9 +49,23 @@ LEAST_SECONDS_FOR_A_SESSION = 30
 class Gpu:
     """Times calls on the GPU, or on the CPU for the self-test."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, lock: Path | None = None) -> None:
+        """lock: see --lock."""
         self.device = device
         self.is_cuda = device == "cuda"
+        self._lock = lock
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While no other process with the same lock is in here."""
+        if self._lock is None:
+            yield
+            return
+        import fcntl
+
+        with self._lock.open("a", encoding="utf-8") as file:  # closing it gives the lock back
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def wait(self) -> None:
         import torch
@@ -60,17 +84,18 @@ class Gpu:
     def median_ms(self, call: Callable[[], Any], calls: int = CALLS) -> float:
         import torch
 
-        for _ in range(3):
-            call()
-        self.wait()
         if not self.is_cuda:
             return statistics.median(1000 * self.first(call)[1] for _ in range(2))
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
-        for start, end in events:
-            start.record()
-            call()
-            end.record()
-        self.wait()
+        with self.alone():
+            for _ in range(3):
+                call()
+            self.wait()
+            for start, end in events:
+                start.record()
+                call()
+                end.record()
+            self.wait()
         return statistics.median(start.elapsed_time(end) for start, end in events)
 
     def forget_peak(self) -> None:
@@ -133,8 +158,8 @@ def measure_foreign(table: Table, gpu: Gpu, mode: str, patcher: Any, call: Calla
         table.add(mode, True, step_ms=step_ms, **gpu.peak(), sqnr_db=None if sqnr is None else table.sqnr(output))
 
 
-def measure_shipped(table: Table, gpu: Gpu, source: Path, inputs: Any, arguments: argparse.Namespace) -> Any:
-    """ComfyUI's own modes. Returns the fp16 model, which ours are made of."""
+def measure_others(table: Table, gpu: Gpu, source: Path, inputs: Any, arguments: argparse.Namespace) -> Any:
+    """ComfyUI as shipped, which is the reference, and --others. Returns the fp16 model, which ours are made of."""
     import speed_models
     import torch
 
@@ -142,28 +167,24 @@ def measure_shipped(table: Table, gpu: Gpu, source: Path, inputs: Any, arguments
     with table.attempt("ComfyUI fp16"):
         fp16 = load(speed_models.load_fp16(source))
         measure_foreign(table, gpu, "ComfyUI fp16", fp16, inputs.on(fp16))
-    with table.attempt("fp16 channels_last"):
-        torch.backends.cudnn.benchmark = True
-        patcher = load(speed_models.load_channels_last(source))
-        measure_foreign(table, gpu, "fp16 channels_last", patcher, inputs.on(patcher, channels_last=True))
-        del patcher
-    torch.backends.cudnn.benchmark = False
-    if arguments.compile:
-        with table.attempt("fp16 torch.compile"):
-            patcher = load(speed_models.load_fp16(source))
-            measure_foreign(table, gpu, "fp16 torch.compile", patcher, torch.compile(inputs.on(patcher)))
-            del patcher
-    with table.attempt("comfy-kitchen int8 Linears"):
-        patcher = load(speed_models.load_kitchen(source, gpu.device))
-        measure_foreign(table, gpu, "comfy-kitchen int8 Linears", patcher, inputs.on(patcher))
-        del patcher
-    for layers in arguments.sdnq:
-        convs = layers == "all"
-        mode = f"SDNQ int8 Linears{' and convolutions' if convs else ''}"
+    for name in arguments.others:
+        mode = OTHERS[name]
         with table.attempt(mode):
-            patcher = speed_models.load_sdnq(source, gpu.device, convs)
-            measure_foreign(table, gpu, mode, patcher, inputs.on(patcher))
-            del patcher
+            if table.seconds_left < 0:
+                raise TimeoutError("time is up")
+            torch.backends.cudnn.benchmark = name == "channels_last"
+            if name == "channels_last":
+                patcher = load(speed_models.load_channels_last(source))
+            elif name == "compile":
+                patcher = load(speed_models.load_fp16(source))
+            elif name.startswith("sdnq"):
+                patcher = speed_models.load_sdnq(source, gpu.device, convs=name == "sdnq_convs")
+            else:
+                patcher = load(speed_models.load_native(source, gpu.device, name))
+            call = inputs.on(patcher, channels_last=name == "channels_last")
+            measure_foreign(table, gpu, mode, patcher, torch.compile(call) if name == "compile" else call)
+            del patcher, call
+    torch.backends.cudnn.benchmark = False
     gc.collect()
     return fp16
 
@@ -193,7 +214,7 @@ def measure_ours(
         share = counter.integer_share()
         step_ms = gpu.median_ms(call)
         reason = state.runner.last_reason
-        split = _profile(call, f"{name}, graph") if arguments.profile and gpu.is_cuda else None
+        split = _profile(gpu, call, f"{name}, graph") if arguments.profile and gpu.is_cuda else None
         more = {"cold_start_s": first_s if cold else None, "first_call_s": first_s, "kernels_compiled": compiled}
         row(f"{name} fused", reason is None, call(), step_ms, **more, runner=state.runner.describe(), time_split=split)
         if gpu.is_cuda and reason is not None:
@@ -203,7 +224,7 @@ def measure_ours(
         gpu.forget_peak()
         call()
         step_ms = gpu.median_ms(call)
-        split = _profile(call, f"{name}, eager") if arguments.profile and gpu.is_cuda else None
+        split = _profile(gpu, call, f"{name}, eager") if arguments.profile and gpu.is_cuda else None
         row(f"{name} fused", False, call(), step_ms, time_split=split)
     if not arguments.layerwise:
         return
@@ -220,11 +241,12 @@ def measure_ours(
             row(f"{name} layerwise", True, output, gpu.median_ms(replay))
 
 
-def _profile(call: Callable[[], Any], title: str) -> dict | None:
+def _profile(gpu: Gpu, call: Callable[[], Any], title: str) -> dict | None:
     import speed_profile
 
     try:
-        split = speed_profile.time_split(call)
+        with gpu.alone():
+            split = speed_profile.time_split(call)
     except Exception as error:  # the figures are worth having without it
         say(f"  no profile: {type(error).__name__}: {error}")
         return None
@@ -290,12 +312,18 @@ def parse(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=240, help="rows that would start later than this are left out")
     parser.add_argument("--steps", type=int, default=20, help="of the two pictures")
     parser.add_argument("--schemes", nargs="*", choices=tuple(PRESETS), default=["token", "static"])
-    parser.add_argument("--only-ours", action="store_true", help="of the others only fp16, the reference")
+    parser.add_argument(
+        "--others",
+        nargs="*",
+        choices=tuple(OTHERS),
+        default=["channels_last", "int8_tensorwise", "float8_e4m3fn"],
+        help="what to measure beside ours and fp16, the reference; compile and sdnq (pip install sdnq) take minutes to start",
+    )
+    parser.add_argument("--source", type=Path, help="the UNet of another process of this run, which wrote it, to use and not to write")
+    parser.add_argument("--lock", type=Path, help="a file; of processes on one GPU that are given the same, one at a time measures")
     parser.add_argument("--no-session", action="store_true", help="without the two pictures through ComfyUI's sampler")
     parser.add_argument("--layerwise", action="store_true", help="also our modes layer by layer, without fused blocks")
     parser.add_argument("--profile", action="store_true", help="also where the GPU time of our rows goes, by groups of kernels")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile, which takes minutes to start")
-    parser.add_argument("--sdnq", nargs="*", choices=("linears", "all"), default=[], help="also SDNQ (pip install sdnq), slow to start")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the tests' small model, to try this script")
     return parser.parse_args(given)
@@ -305,30 +333,31 @@ def measure(table: Table, gpu: Gpu, folder: Path, arguments: argparse.Namespace)
     import speed_models
     import torch
 
-    size, source = (speed_models.TINY if arguments.tiny else speed_models.SDXL), folder / "unet.safetensors"
+    size = speed_models.TINY if arguments.tiny else speed_models.SDXL
+    source = arguments.source or folder / "unet.safetensors"
     with torch.inference_mode():
-        with table.attempt("write the source"):
-            speed_models.write_source(source, arguments.tiny)
-        dtype = torch.float16 if gpu.is_cuda else torch.float32
-        inputs, fp16 = speed_models.UNetCall(size, gpu.device, dtype), None
-        if arguments.only_ours:
-            with table.attempt("ComfyUI fp16"):
-                fp16 = load(speed_models.load_fp16(source))
-                measure_foreign(table, gpu, "ComfyUI fp16", fp16, inputs.on(fp16))
-        else:
-            fp16 = measure_shipped(table, gpu, source, inputs, arguments)
-        calibration = None
+        if arguments.source is None:
+            with table.attempt("write the source"):
+                speed_models.write_source(source, arguments.tiny)
+        inputs = speed_models.UNetCall(size, gpu.device, torch.float16 if gpu.is_cuda else torch.float32)
+        fp16 = measure_others(table, gpu, source, inputs, arguments)
         for number, scheme in enumerate(arguments.schemes):
             if table.seconds_left < 0:
                 say(f"  left out, time is up: {PRESETS[scheme]}")
                 continue
+            calibration = None
             if scheme == "static":
                 with table.attempt("calibrate"):
                     calibration = speed_models.calibrate_source(fp16, size)
-            measure_ours(table, gpu, scheme, fp16, calibration if scheme == "static" else None, inputs, arguments, cold=number == 0)
-        unload()
-    if not arguments.no_session:
-        for mode in ("int8", "fp16"):
+            measure_ours(table, gpu, scheme, fp16, calibration, inputs, arguments, cold=number == 0)
+            if number == 0:
+                measure_sessions(table, gpu, source, arguments)
+
+
+def measure_sessions(table: Table, gpu: Gpu, source: Path, arguments: argparse.Namespace) -> None:
+    unload()
+    for mode in () if arguments.no_session else ("int8", "fp16"):
+        with gpu.alone():
             measure_session(table, mode, source, arguments)
 
 
@@ -341,7 +370,7 @@ def main() -> int:
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     try:
         start_comfyui(dynamic=False, cpu=arguments.device == "cpu")
-        gpu = Gpu(arguments.device)
+        gpu = Gpu(arguments.device, arguments.lock)
         facts = facts_of(gpu, arguments)
         say(json.dumps(facts))
         table = Table(arguments.out, arguments.seconds, facts)

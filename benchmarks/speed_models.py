@@ -93,21 +93,26 @@ def load_channels_last(source: Path) -> Any:
     return patcher
 
 
-def load_kitchen(source: Path, device: str) -> Any:
-    """ComfyUI's own int8 (comfy-kitchen): every Linear that we quantize, one scale per row; convolutions stay fp16."""
+def load_native(source: Path, device: str, number_format: str) -> Any:
+    """ComfyUI's own 8 bit (comfy-kitchen): every Linear that we quantize; convolutions stay fp16.
+
+    number_format: int8_tensorwise, one scale per row, or float8_e4m3fn, one per weight. Inputs are quantized as it does by itself.
+    """
     import comfy.sd
     import torch
-    from comfy.quant_ops import TensorWiseINT8Layout
+    from comfy.quant_ops import QUANT_ALGOS, get_layout_class
     from safetensors.torch import load_file
 
     from stepquant.quant.layers import find_layers
 
     prefix = "model.diffusion_model."
+    layout = get_layout_class(QUANT_ALGOS[number_format]["comfy_tensor_layout"])
+    options = {"int8_tensorwise": {"per_channel": True}, "float8_e4m3fn": {"scale": "recalculate"}}[number_format]
     tensors = {key.removeprefix(prefix): tensor for key, tensor in load_file(str(source)).items()}
-    marker = torch.tensor(list(json.dumps({"format": "int8_tensorwise"}).encode()), dtype=torch.uint8)
+    marker = torch.tensor(list(json.dumps({"format": number_format}).encode()), dtype=torch.uint8)
     for name, layer in find_layers({key: tensor.shape for key, tensor in tensors.items()}).items():
         if not layer.is_conv:
-            codes, params = TensorWiseINT8Layout.quantize(tensors[f"{name}.weight"].to(device), per_channel=True)
+            codes, params = layout.quantize(tensors[f"{name}.weight"].to(device), **options)
             tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = codes.cpu(), params.scale.cpu()
             tensors[f"{name}.comfy_quant"] = marker.clone()
     return comfy.sd.load_diffusion_model_state_dict(tensors)
