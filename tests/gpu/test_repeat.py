@@ -14,41 +14,42 @@ DEVICE = torch.device("cuda", 0)
 
 @pytest.fixture
 def block():
-    """(operation, x): LayerNorm, a product, torch's attention, a product; what a transformer block begins with."""
+    """(operation, a function that makes its operands): LayerNorm, a product, torch's attention, a product, as in a transformer block."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     qweight = torch.randint(-127, 128, (1280, 1280), dtype=torch.int8, device=DEVICE, generator=generator)
     scale, norm = torch.full((1280,), 1e-4, device=DEVICE), torch.ones(1280, device=DEVICE, dtype=torch.float16)
 
     @Repeated
-    def operation(x):
+    def operation(x, qweight, scale, norm):
         codes, _ = dispatch.layer_norm_quantize(x, norm, norm, 1e-5)
         y = dispatch.int8_gemm(codes, qweight, scale).view(2, -1, 20, 64).transpose(1, 2)
         y = dispatch.call(torch.nn.functional.scaled_dot_product_attention, y, y, y).transpose(1, 2).reshape(x.shape)
         return dispatch.int8_gemm(dispatch.quantize_token(y), qweight, scale, addend=x)
 
     forget_plans()
-    return operation, lambda: torch.randn(512, 1280, device=DEVICE, dtype=torch.float16, generator=generator)
+    return operation, lambda: (torch.randn(512, 1280, device=DEVICE, dtype=torch.float16, generator=generator), qweight, scale, norm)
 
 
 def test_repeated_block_is_launched_by_the_driver_and_gives_what_it_is_written_to_give(block):
     operation, make = block
-    operation(make())
+    operation(*make())
     (only,) = operation._plans.values()
     launches = [launch for segment in only._segments for launch in segment.launches]
     assert launches and all(isinstance(launch, plan.DriverLaunches) for launch in launches)
     for _ in range(4):
-        x = make()
-        assert torch.equal(operation(x), operation._function(x))
+        operands = make()
+        assert torch.equal(operation(*operands), operation._function(*operands))
 
 
 def test_repeated_block_gives_the_same_on_another_stream_and_in_another_thread(block):
     operation, make = block
-    expected = operation(x := make())
+    operands = make()
+    expected = operation(*operands)
     stream, found = torch.cuda.Stream(), []
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        found.append(operation(x))
-    thread = threading.Thread(target=lambda: found.append(operation(x)))
+        found.append(operation(*operands))
+    thread = threading.Thread(target=lambda: found.append(operation(*operands)))
     thread.start()
     thread.join()
     torch.cuda.synchronize()
@@ -57,13 +58,14 @@ def test_repeated_block_gives_the_same_on_another_stream_and_in_another_thread(b
 
 def test_repeated_block_holds_less_memory_than_its_written_form(block):
     operation, make = block
-    operation(x := make())
+    operands = make()
+    operation(*operands)
 
     def peak(function) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        function(x)
+        function(*operands)
         return torch.cuda.max_memory_allocated() - before
 
     assert peak(operation) <= peak(operation._function)
