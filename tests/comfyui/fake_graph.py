@@ -7,6 +7,8 @@ from stepquant.hosts.comfy.graph import bind_runner
 
 
 class FakeRecording:
+    nbytes = 1_000_000
+
     def __init__(self, work, output):
         self.work, self.output = work, output
         self.released = False

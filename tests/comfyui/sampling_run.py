@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import comfy.memory_management
+import comfy.model_management
+import comfy.model_prefetch
 import comfy.sample
+import comfy_aimdo.model_vbar
 import tiny_sdxl
 import torch
 
@@ -34,6 +38,17 @@ def sample_latent(
     noise = comfy.sample.prepare_noise(latent, seed)
     positive = positive or conditioning(11, hooks=hooks)
     negative = negative or conditioning(12, hooks=negative_hooks)
-    return comfy.sample.sample(
-        model, noise, steps, cfg, sampler, scheduler, positive, negative, latent, disable_pbar=True, seed=seed
-    ).float()
+    try:
+        return comfy.sample.sample(
+            model, noise, steps, cfg, sampler, scheduler, positive, negative, latent, disable_pbar=True, seed=seed
+        ).float()
+    finally:
+        _end_node()
+
+
+def _end_node() -> None:
+    """What ComfyUI's executor does after every node under dynamic VRAM. Else the pinned copies of all patches ever tried pile up."""
+    if comfy.memory_management.aimdo_enabled:
+        comfy.model_management.reset_cast_buffers()
+        comfy.model_prefetch.cleanup_prefetch_queues()
+        comfy_aimdo.model_vbar.vbars_reset_watermark_limits()

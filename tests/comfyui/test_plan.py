@@ -127,14 +127,14 @@ def test_calibrate_goes_on_where_it_was_cancelled(model, monkeypatch):
     kept = []
 
     def cancel_in_second_run(_bar, value, *args, **kwargs):
-        if value == 6 and not kept:
+        if value == 6:
             comfy.model_management.interrupt_current_processing()
 
     with monkeypatch.context() as patch:
         patch.setattr("comfy.utils.ProgressBar.update_absolute", cancel_in_second_run)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
-            run(model, runs=3, on_cancel=kept.append)
-    assert hooks_on(model) == 0 and kept[0].summary["runs_done"] == 1
+            run(model, runs=3, keep=kept.append)
+    assert hooks_on(model) == 0 and len(kept) == 1 and kept[0].summary["runs_done"] == 1
     resumed, whole = run(model, runs=3, start=kept[0]), run(model, runs=3)
     assert resumed.summary == whole.summary
     assert torch.equal(resumed.layers[LAYER].range_max, whole.layers[LAYER].range_max)

@@ -33,6 +33,16 @@ def test_state_dict_shows_outer_shapes_and_no_codes(quantized, model):
     assert all(tensor.dtype != torch.int8 for tensor in ours.values())
 
 
+def test_state_dict_makes_no_copy_of_a_weight(quantized):
+    """Merge nodes ask for it once for each weight."""
+    first, second = (quantized.model.diffusion_model.state_dict() for _ in range(2))
+    layers = [key.removeprefix("diffusion_model.") for key, _ in quantized_layers(quantized.model)]
+    assert layers and all(first[key] is second[key] for key in layers)
+    quantized.model.half()  # another dtype is another weight
+    halved = quantized.model.diffusion_model.state_dict()
+    assert all(halved[key].dtype == torch.float16 for key in layers)
+
+
 def _load_partly(patcher, memory):
     patcher.detach()
     patcher.load(torch.device("cpu"), lowvram_model_memory=memory, full_load=False)

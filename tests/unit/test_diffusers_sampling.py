@@ -84,13 +84,12 @@ def test_calibrate_goes_on_where_it_was_cancelled(pipeline):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        calibrate(pipeline, PROMPTS, QUICK, batch_size=1, progress=cancel, on_cancel=kept.append)
-    assert kept[0].summary["runs_done"] == 1
+        calibrate(pipeline, PROMPTS, QUICK, batch_size=1, progress=cancel, keep=kept.append)
+    assert len(kept) == 1 and kept[0].summary["runs_done"] == 1
     resumed = calibrate(pipeline, PROMPTS, QUICK, batch_size=1, start=kept[0])
     whole = calibrate(pipeline, PROMPTS, QUICK, batch_size=1)
     assert resumed.summary == whole.summary
     name = "middle_block.0.in_layers.2"
-    # The cancelled batch had seen a step already, and is sampled anew.
     assert torch.equal(resumed.layers[name].range_max, whole.layers[name].range_max)
     with pytest.raises(CalibrationError, match="has seed 3, now it is 4"):
         calibrate(pipeline, PROMPTS, Sampling(2, 4.0, 4), batch_size=1, start=kept[0])

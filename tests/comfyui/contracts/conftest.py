@@ -53,17 +53,6 @@ def family(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def records():
-    """(contract, mode) -> row, if asked for; at the end of the session they replace those of before, so that one file can be run alone."""
-    rows: dict[tuple[str, str], dict] = {}
-    yield rows
-    if rows:
-        before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
-        known = {(row["contract"], row["mode"]): row for row in before} | rows
-        RESULTS.write_text(json.dumps([known[key] for key in sorted(known, key=_place)], indent=1) + "\n", encoding="utf-8")
-
-
-@pytest.fixture(scope="session")
 def once():
     """once(contract, kind, make): float and native results do not depend on our compute mode, so they are made once."""
     kept: dict[tuple[str, str], object] = {}
@@ -82,7 +71,7 @@ def mode(request) -> str:
 
 
 @pytest.fixture
-def contract(request, family, mode, records, once):
+def contract(request, family, mode, once):
     """Check `use`, what an artist does with a MODEL, on ours against the float MODEL; returns ours' error.
 
     Ours must give what the float MODEL gives up to the noise of quantization, and be bit for bit what it was afterwards.
@@ -98,14 +87,21 @@ def contract(request, family, mode, records, once):
             assert effect > SMALLEST_EFFECT, f"the feature changes the float model's picture by {effect:.3f} only: no test"
         ours = _try(one.ours(mode), use, expected)
         if os.environ.get(RECORD):
-            native = once(name, "native", lambda: _try(one.native, use, expected)) if os.environ[RECORD] != OURS else NOT_TRIED
-            records[name, mode] = _row(name, mode, ours, native, request.node)
+            native = once(name, "native", lambda: _try_native(one, use, expected)) if os.environ[RECORD] != OURS else NOT_TRIED
+            _write(_row(name, mode, ours, native, request.node))
         if not ours.holds:
             one.discard(mode)
         assert ours.holds, f"{name}: {ours.text}"
         return ours.error
 
     return check
+
+
+def _write(row: dict) -> None:
+    """In place of the same contract's of before, so that one file can be run alone; at once, so that a run cut short loses nothing."""
+    rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
+    known = {(each["contract"], each["mode"]): each for each in [*rows, row]}
+    RESULTS.write_text(json.dumps([known[key] for key in sorted(known, key=_place)], indent=1) + "\n", encoding="utf-8")
 
 
 def _place(key: tuple[str, str]) -> tuple:
@@ -125,6 +121,13 @@ def _try(subject: Subject, use: Use, expected: torch.Tensor) -> Verdict:
     if not subject.is_as_before():
         return Verdict(False, "leaves the model changed", error)
     return Verdict(True, "holds", error)
+
+
+def _try_native(of: Family, use: Use, expected: torch.Tensor) -> Verdict:
+    verdict = _try(of.native, use, expected)
+    if not verdict.holds:
+        of.discard_native()
+    return verdict
 
 
 def _row(name: str, mode: str, ours: Verdict, native: Verdict, test) -> dict:

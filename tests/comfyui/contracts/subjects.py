@@ -76,6 +76,10 @@ class Family:
         """After a failed contract: whatever it left behind must not fail the next."""
         self._ours.pop(mode, None)
 
+    def discard_native(self) -> None:
+        """As `discard`: ComfyUI keeps what it was fetching when an error comes, and would take it for the next weight."""
+        self.__dict__.pop("native", None)
+
     @staticmethod
     def _load(path: Path) -> ModelPatcher:
         return comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, output_clip=False)[0]

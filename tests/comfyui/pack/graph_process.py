@@ -36,6 +36,15 @@ class GraphProcess:
         """Run an API-format graph; see graph_runner.py for the answer. extra_pnginfo: what a browser sends with it."""
         return self._ask({"prompt": prompt, "cancel_after": cancel_after, "extra_pnginfo": extra_pnginfo})
 
+    def run_until_killed(self, prompt: dict, kill_after: int) -> None:
+        """Run a graph; the process is killed at the n-th progress report, and is of no more use afterwards."""
+        try:
+            self._ask({"prompt": prompt, "kill_after": kill_after})
+        except (AssertionError, OSError):
+            self._process.wait(timeout=30)
+            return
+        raise AssertionError(f"the graph was done before its {kill_after}th progress report")
+
     def outputs(self, prompt: dict) -> dict:
         """The outputs by node id of a graph that must succeed."""
         answer = self.run(prompt)

@@ -1,7 +1,8 @@
 """Child process of the node tests: a whole ComfyUI without a port, in which the command line's extras cannot be imported.
 
 Reads one JSON request a line from stdin, answers with one JSON line. Requests:
-{"prompt": {...}, "cancel_after": n, "extra_pnginfo": {...}}  run an API-format graph; cancel at the n-th progress report, if given
+{"prompt": {...}, "cancel_after": n, "kill_after": n, "extra_pnginfo": {...}}  run an API-format graph; at the n-th progress report
+                                      cancel it, or kill this process as a crash or a closed window does, if given
 {"limit": bytes or null}              let this process write no file larger than that, as on a full disk
 {"memory": true}                      RAM that this process holds, in bytes, once the allocator has given back what it can
 {"schemas": true}                     what ComfyUI would send the front end for our nodes
@@ -65,7 +66,7 @@ class Runner:
         loop.run_until_complete(nodes.init_extra_nodes(init_custom_nodes=True, init_api_nodes=False))
         self.count = 0
 
-    def run(self, prompt: dict, cancel_after: int | None = None, extra_pnginfo: dict | None = None) -> dict:
+    def run(self, prompt: dict, cancel_after: int | None = None, kill_after: int | None = None, extra_pnginfo: dict | None = None) -> dict:
         self.count += 1
         name, reports = f"prompt{self.count}", 0
 
@@ -75,6 +76,8 @@ class Runner:
             reports += 1
             if reports == cancel_after:
                 comfy.model_management.interrupt_current_processing()
+            if reports == kill_after:
+                os.kill(os.getpid(), signal.SIGKILL)
 
         comfy.utils.set_progress_bar_global_hook(on_progress)
         valid, error, outputs, node_errors = loop.run_until_complete(execution.validate_prompt(name, prompt, None))
@@ -134,7 +137,7 @@ def main() -> None:
             elif "schemas" in request:
                 answer = {name: node.GET_NODE_INFO_V1() for name, node in nodes.NODE_CLASS_MAPPINGS.items() if is_ours(name)}
             else:
-                answer = runner.run(request["prompt"], request.get("cancel_after"), request.get("extra_pnginfo"))
+                answer = runner.run(**request)
         except Exception:
             answer = {"crash": traceback.format_exc()}
         answers.write(json.dumps(answer, default=str) + "\n")

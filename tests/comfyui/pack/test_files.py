@@ -109,16 +109,24 @@ def test_save_leaves_nothing_behind_when_cancelled(graphs):
     assert not (checkpoints(graphs) / "cancelled.safetensors").exists() and not leftovers(graphs)
 
 
+LARGE = {
+    "save": w.quantize() | w.save("too-large"),
+    "export": w.quantize() | {"save": {**w.save("too-large")["save"], "class_type": "StepQuantExportNative"}},
+    "calibrate": w.calibrate(seed=41, file_name="too-large"),
+}
+
+
 @pytest.mark.skipif(os.name == "nt" or not os.path.exists("/dev/full"), reason="needs a Linux kernel's limits")
-def test_save_says_so_and_leaves_nothing_when_the_disk_is_full(graphs):
+@pytest.mark.parametrize("work", LARGE)
+def test_a_full_disk_is_named_and_nothing_is_left_behind(graphs, work):
     graphs.outputs(w.stock_parts() | w.quantize() | w.sample())
     graphs.limit_file_size(4 * 2**20)
     try:
-        sentence = graphs.failure(w.stock_parts() | w.quantize() | w.save("too-large"))
+        sentence = graphs.failure(w.stock_parts() | LARGE[work])
     finally:
         graphs.limit_file_size(None)
     assert "too-large.safetensors: writing failed" in sentence and "Free disk space" in sentence
-    assert not (checkpoints(graphs) / "too-large.safetensors").exists() and not leftovers(graphs)
+    assert not list(graphs.base.joinpath("models").rglob("too-large*")) and not leftovers(graphs)
 
 
 @pytest.mark.skipif(not os.path.isdir("/sys/kernel"), reason="needs a folder that even root cannot write to")
