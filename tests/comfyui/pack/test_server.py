@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 import json
 from pathlib import Path
 from urllib.parse import quote
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[3]
 LORA, CONTROLNET = "demo_lora.safetensors", "demo_controlnet.safetensors"
 # SDXL's own workflows in the package that ComfyUI's template browser shows; the refiner's place is taken by the demo model.
 TEMPLATES = ("sdxl_simple_example", "sdxl_refiner_prompt_example", "sdxlturbo_example")
+WITH_REPORT, TITLE = 560, 30  # heights on the canvas; three kinds of layers
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 
 
@@ -165,6 +167,16 @@ def test_example_workflow_is_sound(example):
         assert identifier in nodes[source]["outputs"][output]["links"]
         assert nodes[target]["inputs"][slot]["link"] == identifier
     assert example.with_suffix(".jpg").is_file()
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_workflow_leaves_room_for_the_reports(example):
+    """Quantize's panel appears with the first run and makes the node taller: the prompts must not lie under it."""
+    nodes = json.loads(example.read_text(encoding="utf-8"))["nodes"]
+    heights = {"StepQuantQuantize": WITH_REPORT}
+    for one, other in itertools.combinations(sorted(nodes, key=lambda node: node["pos"][1]), 2):
+        beside = one["pos"][0] + one["size"][0] <= other["pos"][0] or other["pos"][0] + other["size"][0] <= one["pos"][0]
+        assert beside or one["pos"][1] + heights.get(one["type"], one["size"][1]) <= other["pos"][1] - TITLE, (one["type"], other["type"])
 
 
 def test_cancel_button_stops_a_calibration_and_leaves_no_file(server, base):
