@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 def test_speed_measures_and_records_our_rows_beside_the_reference(tmp_path, comfyui_path):
     out = tmp_path / "speed.jsonl"
-    arguments = ["--tiny", "--layerwise", "--device", "cpu", "--only-ours", "--schemes", "token", "--no-session", "--out", str(out)]
+    arguments = ["--tiny", "--layerwise", "--device", "cpu", "--others", "--schemes", "token", "--no-session", "--out", str(out)]
     environment = {**os.environ, "COMFYUI_PATH": str(comfyui_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(BENCHMARKS / "speed.py"), *arguments]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

@@ -1,11 +1,13 @@
 """Tuning inside ComfyUI: in a node's inference mode, models left as they were, cancel and resume, refusals."""
 
+import comfy.memory_management
 import comfy.model_management
 import pytest
 import torch
 from sampling_run import conditioning
 
 from stepquant.errors import ModelError
+from stepquant.hosts.comfy import tune as tune_module
 from stepquant.hosts.comfy.progress_text import TimeLeft
 from stepquant.hosts.comfy.quantize import quantize_model
 from stepquant.hosts.comfy.sampling import SamplerSettings
@@ -79,3 +81,36 @@ def test_tune_is_refused_in_words_with_the_wrong_models(model, quantized):
     for first, second in ((model, model), (quantized, quantized)):
         with pytest.raises(ModelError, match="16-bit model"):
             tune(first, second, TuningSettings(steps=1))
+
+
+def test_tuning_of_a_large_model_keeps_less_and_ends_with_the_same_factors(model, quantized, monkeypatch):
+    """Full-size SDXL's way: blocks are computed a second time on the way back."""
+    settings, kept, results = TuningSettings(steps=2, learning_rate=1e-3), [], []
+    for least in (tune_module.RECOMPUTES_FROM, 0):
+        monkeypatch.setattr(tune_module, "RECOMPUTES_FROM", least)
+        seen: list[int] = []
+
+        def pack(tensor, seen=seen):
+            seen.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            results.append(tune(quantized, model, settings))
+        kept.append(sum(seen))
+    assert kept[1] < 0.5 * kept[0]
+    assert all(torch.allclose(table, results[0].out[name], atol=1e-6) for name, table in results[1].out.items())
+
+
+def test_tuning_works_under_dynamic_vram_where_comfyuis_own_linear_has_no_weight(model, quantized, monkeypatch):
+    settings = TuningSettings(steps=2, learning_rate=1e-3)
+    wanted = tune(quantized, model, settings)
+    twin_of = tune_module._float_twin
+
+    def under_dynamic_vram(*arguments):
+        with monkeypatch.context() as patched:
+            patched.setattr(comfy.memory_management, "aimdo_enabled", True)
+            return twin_of(*arguments)
+
+    monkeypatch.setattr(tune_module, "_float_twin", under_dynamic_vram)
+    found = tune(quantized, model, settings)
+    assert all(torch.equal(table, wanted.out[name]) for name, table in found.out.items())

@@ -54,6 +54,14 @@ def test_learned_rounding_beats_plain_rounding_also_on_samples_that_it_has_not_s
     assert _error(block, x[400:], learned) < 0.5 * _error(block, x[400:], starts)
 
 
+def test_learned_rounding_keeps_a_branch_beside_the_codes_and_learns_them_with_it():
+    block, x = _block()
+    starts = {name: Rounding().round(block[int(name)].weight, name, 4) for name in ("0", "2")}
+    learned = _trained(block, x[:400], starts, Training(iterations=100, batch_size=64))
+    assert _error(block, x[400:], learned) < 0.7 * _error(block, x[400:], starts)
+    assert all(learned[name].branch is start.branch for name, start in starts.items())
+
+
 def test_learned_rounding_is_the_start_when_nothing_is_better():
     # The weights lie on the start's codes exactly.
     block, x = _block()

@@ -214,7 +214,7 @@ def test_diffusers_engine_saves_and_loads_4_bit_weights_bit_for_bit(pipeline, tm
 
 
 def test_hessians_are_gathered_in_parts_resumed_and_leave_nothing_behind(pipeline, tmp_path):
-    from stepquant.hosts.diffusers.int4_hessians import gather_hessians, hessian_cost, hessian_layers
+    from stepquant.hosts.diffusers.hessians import gather_hessians, hessian_cost, hessian_layers
     from stepquant.quant.rounding.hessian import readers
 
     layers = hessian_layers(pipeline.unet)
@@ -239,7 +239,7 @@ def test_hessians_are_gathered_in_parts_resumed_and_leave_nothing_behind(pipelin
 
 
 def test_hessians_observed_along_with_another_run_are_those_of_that_run(pipeline, tmp_path):
-    from stepquant.hosts.diffusers.int4_hessians import gather_hessians, hessians_observed
+    from stepquant.hosts.diffusers.hessians import gather_hessians, hessians_observed
     from stepquant.hosts.diffusers.trajectory import sample_latents
 
     with hessians_observed(pipeline.unet) as hessian:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -76,3 +77,23 @@ def test_rounded_rows_say_what_they_lack(rows, monkeypatch):
     monkeypatch.delenv(rows.FOLDER_VARIABLE, raising=False)
     with pytest.raises(CalibrationError, match="STEPQUANT_ROUNDED is not set"):
         rows.int4_plans("w4a8-gptq", SPECS, dict)
+
+
+def test_prompts_rounded_on_are_not_among_those_measured_or_judged(rows):
+    from stepquant.demo.prompts import heldout_prompts, seen_prompts
+
+    found = rows.rounding_prompts()
+    assert len(set(found)) == 40 and not set(found) & {*seen_prompts(512), *heldout_prompts(512)}
+    assert len({prompt.rpartition(", ")[2] for prompt in found}) > 6  # of many backgrounds
+
+
+def test_time_of_rounding_is_one_record_with_what_was_timed(rows, monkeypatch, tmp_path):
+    timing = importlib.import_module("rounding_time")
+    given = []
+    monkeypatch.setattr(timing, "reconstruct", lambda *args, **_: given.append(args))
+    monkeypatch.setattr(sys, "argv", ["rounding_time.py", "--threads", "1", "--iterations", "7", "--out", str(tmp_path)])
+    timing.main()
+    record = json.loads((tmp_path / "rounding_time.jsonl").read_text(encoding="utf-8"))
+    assert record["kind"] == "rounding_time" and record["seconds"] >= 0
+    assert record["settings"]["blocks"] == 17 and record["settings"]["iterations"] == given[0][4].training.iterations == 7
+    assert str(tmp_path) not in record["command"]

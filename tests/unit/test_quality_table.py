@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from stepquant.quant.calibration import Calibration
+from stepquant.quant.layers import LayerSpec
 from stepquant.quant.observer import LayerObserver
-from stepquant.quant.scheme import ActivationMode, Scheme
+from stepquant.quant.recipe import Recipe
+from stepquant.quant.scheme import TOKEN16, ActivationMode, Scheme
 from stepquant.quant.sqnr import sqnr_db
 from stepquant.quant.timestep import uniform_groups
 
@@ -56,7 +59,10 @@ def calibration(x):
 GROUPED = Scheme(activation=ActivationMode.CHANNEL_GROUP, channel_groups=8, granularity=8)
 
 
-@pytest.mark.parametrize("scheme", [Scheme(), Scheme(activation=ActivationMode.STATIC), GROUPED], ids=["token", "static", "grouped"])
+STATIC_SCHEME = Scheme(activation=ActivationMode.STATIC)
+
+
+@pytest.mark.parametrize("scheme", [Scheme(), STATIC_SCHEME, GROUPED, TOKEN16], ids=["token", "static", "grouped", "token16"])
 def test_simulated_layer_gives_what_integer_codes_give(linear, x, calibration, scheme):
     layers = load("quality_layers")
     plan = layers.LayerPlan(scheme, uniform_groups(8))
@@ -124,6 +130,24 @@ def test_table_says_which_musts_are_reached_and_missed():
     assert "-0.10 [-1.00, +0.80]" in page
 
 
+def test_table_judges_plans_with_a_floor_and_shows_what_is_done_twice():
+    table = load("quality_table")
+    demo = table.MODELS[0]
+    plan = record(demo, "w8a8-plan-51", sqnr_db=49.5, integer_mac_share=0.99, ci_low=-1.0, ci_high=1.0, wide_mac_share=0.36)
+    page = table.render([record(demo, "comfy-int8", sqnr_db=50.0), plan | {"adherence_diff": 0.0}])
+    assert "| 99.0 %, 36.0 % twice |" in page
+    assert "| stepquant-demo-xs | w8a8-plan-51: sqnr_db above comfy-int8 | -1.00 | -0.50 | reached |" in page
+    assert page.count("w8a8-plan-51: ") == 3 and "**missed**" not in page
+
+
+def test_rows_stand_in_the_tables_order():
+    table = load("quality_table")
+    modes = ["w4a8-plain", "w8a8-token", "comfy-int8", "w8a6-min-max", "fp16"]
+    page = table.render([record(table.MODELS[0], mode, sqnr_db=30.0) for mode in modes])
+    found = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")]
+    assert [mode for mode in found if mode in modes] == ["fp16", "comfy-int8", "w8a8-token", "w4a8-plain", "w8a6-min-max"]
+
+
 def test_last_record_of_a_mode_counts():
     table = load("quality_table")
     page = table.render([record(table.MODELS[0], "w8a8-token", sqnr_db=value) for value in (30.0, 38.0)])
@@ -150,9 +174,48 @@ def test_simulated_convolution_gives_what_integer_codes_give(symmetric):
     assert sqnr_db(real(x), simulated(x)) > 90
 
 
+PLANNED = {"plan": Scheme(), "plan-floor": TOKEN16}
+
+
+def test_plan_with_a_floor_is_a_row_of_its_own():
+    rows = load("quality_rows")
+    specs = {name: LayerSpec(name, (8, 8)) for name in ("middle_block.1.proj_in", "middle_block.1.proj_out")}
+    recipes = {mode: Recipe({name: scheme}, mode, "") for (mode, scheme), name in zip(PLANNED.items(), specs, strict=True)}
+    built = [rows.build_row(mode, 8, specs, None, recipes.get, {}, None, dict) for mode in PLANNED]
+    assert [row.mode for row in built] == ["w8a8-plan", "w8a8-plan-floor"]
+    assert [next(iter(row.plans.values())).scheme for row in built] == list(PLANNED.values())
+
+
 def test_plans_weights_are_rounded_by_the_second_moments_that_they_are_given(linear):
     layers = load("quality_layers")
     moments = torch.randn(64, 64, generator=torch.Generator().manual_seed(2))
     moments = moments @ moments.t()
     codes = [layers.LayerPlan(Scheme(), moments=one).weight_codes("layer", linear.weight)[0] for one in (None, moments)]
     assert codes[0].shape == codes[1].shape and not torch.equal(*codes)
+
+
+def test_verdicts_on_fp16s_pictures_are_judged_once_and_shared(tmp_path):
+    quality = load("quality")
+    bench, judged = object.__new__(quality.Bench), []
+    bench.args = SimpleNamespace(verdicts=tmp_path / "right.safetensors")
+    bench._judged = lambda judge, title: judged.append(title) or torch.tensor([True, False])
+    found = [bench._verdicts(None) for _ in range(2)]
+    assert judged == ["fp16"] and torch.equal(*found)
+    bench.args = SimpleNamespace(verdicts=None)
+    bench._verdicts(None)
+    assert len(judged) == 2
+
+
+def test_settings_replace_the_sampler_for_their_time_and_clip_no_latents():
+    from diffusers import EulerDiscreteScheduler
+
+    general = load("quality_general")
+    scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="leading")
+    pipeline = SimpleNamespace(scheduler=scheduler, default_sample_size=32)
+    for setting in general.SETTINGS:
+        with general.applied(pipeline, setting):
+            assert pipeline.default_sample_size == setting.side
+            # A prediction clipped to [-1, 1] halves the spread of latents: that is no sampler anyone uses.
+            assert not pipeline.scheduler.config.get("clip_sample", False), setting.name
+            assert pipeline.scheduler.config.timestep_spacing == "leading"
+    assert pipeline.scheduler is scheduler

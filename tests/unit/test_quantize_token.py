@@ -7,6 +7,7 @@ import torch
 
 from stepquant.errors import LayoutError
 from stepquant.kernels import dispatch
+from stepquant.kernels.activation import QuantizedActivation
 from stepquant.kernels.quantize_token import quantize_token_ref
 
 SHAPES = [(1, 64), (77, 333), (64, 1280)]
@@ -93,3 +94,19 @@ def test_quantize_token_refuses_what_is_no_matrix_of_floats():
         quantize_token_ref(torch.zeros(2, 3, 4))
     with pytest.raises(LayoutError, match="int8"):
         quantize_token_ref(torch.zeros(3, 4, dtype=torch.int8))
+
+
+def test_quantize_token_writes_into_rows_of_a_larger_tensor(generator, triton_device):
+    x = torch.randn(6, 40, generator=generator)
+    wanted = quantize_token_ref(x)
+    for device in {torch.device("cpu"), triton_device}:
+        whole = QuantizedActivation(torch.zeros(6, 40, dtype=torch.int8, device=device), torch.zeros(6, device=device), None, 1)
+        on_device = x.to(device)
+        for function in (quantize_token_ref, dispatch.quantize_token):
+            whole.codes.zero_()
+            for first, last in ((0, 4), (4, 6)):
+                part = whole.part(first, last)
+                assert function(on_device[first:last], torch.int8, part).codes.data_ptr() == part.codes.data_ptr()
+            assert_same(whole, wanted)
+            with pytest.raises(LayoutError, match="into has"):
+                function(on_device, torch.int8, whole.part(0, 5))
