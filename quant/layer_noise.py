@@ -1,7 +1,8 @@
 """What each scheme costs one layer: noise that reaches the UNet's output, over the schedule, and bytes. Chooses nothing (see plan.py).
 
 Noise of a layer's output, relative to that output: of the activation, from the recorded rows as the scheme's codes hold them;
-of the weight, from its codes, on the same rows. A convolution's taps count as independent, which rounding errors are.
+of the weight, from its codes, on the same rows. A convolution's taps count as independent, which rounding errors are. Of a prompt's
+tokens the noisiest counts: pixels attend to the start token more than to all others, and it is the one that has outliers.
 What of it reaches the UNet's output was measured (sensitivity.py). Weight and activation noise add up.
 """
 
@@ -19,7 +20,7 @@ from .activation_noise import simulated_rows
 from .channel_group import max_groups, weight_energy
 from .int4 import GROUP_SIZE, can_be_int4
 from .int8_rounding import gptq_int8
-from .layers import LayerSpec, has_symmetric_input, needs_row_scales
+from .layers import LayerSpec, has_symmetric_input, needs_row_scales, reads_prompt
 from .low_rank import low_rank_bytes
 from .observer import LayerStatistics
 from .rounding.method import Rounding
@@ -151,6 +152,9 @@ def layer_options(
 
     def per_bucket(noise_rows: Tensor) -> Tensor:
         """(R,) noise energy of each row's output -> (V,) relative to the output's energy."""
+        if reads_prompt(spec.name):
+            worst = (noise_rows / (rows @ matrix).square().sum(1).clamp_min(1e-30)).max()
+            return worst.double().cpu().expand(len(gain))
         return _bucket_means(statistics, noise_rows.double().cpu(), rows.square().sum(1).double().cpu()) / ratio
 
     kinds = {(scheme.weight_bits, scheme.rank) for scheme in schemes.values() if scheme is not None}

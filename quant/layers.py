@@ -30,6 +30,7 @@ SILU_LOW = -0.2784645427610738  # SiLU's one minimum, at x = -1.2784645427610738
 # Prompt tokens: the start token's absmax is about 80 times that of the others, so each row keeps a scale of its own.
 # Timestep embeddings: as many rows as images.
 _ALWAYS_TOKEN = re.compile(r"\.(attn2\.to_[kv]|emb_layers\.1)$")
+_PROMPT_READERS = re.compile(r"\.attn2\.to_[kv]$")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ def dynamic_low(name: str) -> float | None:
 def needs_row_scales(name: str) -> bool:
     """True where the input keeps dynamic per-token scales in every preset."""
     return _ALWAYS_TOKEN.search(name) is not None
+
+
+def reads_prompt(name: str) -> bool:
+    """True where the input's rows are the prompt's tokens."""
+    return _PROMPT_READERS.search(name) is not None
 
 
 def keeps_8_bits(name: str) -> bool:

@@ -210,6 +210,26 @@ def test_layer_noise_of_one_static_scale_grows_where_the_input_is_small():
     assert eight.local_noise[0] < 3 * eight.local_noise[2]
 
 
+def test_layer_noise_of_a_prompt_reader_is_that_of_its_noisiest_token():
+    """The start token is one row of 77, and most of what pixels attend to."""
+    x = torch.randn(77, 64, generator=torch.Generator().manual_seed(3))
+    x[0, 5] = 800.0
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(1))
+    weight[:, 5] = 0.0
+    noise = {}
+    for name in ("attn2.to_k", "attn1.to_k"):
+        spec = LayerSpec(f"middle_block.1.transformer_blocks.0.{name}", (48, 64))
+        observer = LayerObserver(channels=64)
+        for _ in range(30):  # 16 rows are kept of each
+            observer.update(x[None], [3])
+        ratio = float((x @ weight.T).square().sum() / x.square().sum())
+        options = layer_options(spec, weight, observer.statistics(), sensitivity(1.0, ratio), uniform_groups(1), candidate_schemes(spec))
+        noise[name] = float(options.find(TOKEN).local_noise)
+    # Beside 800 all its other values become 0, and nothing is left of its output.
+    assert noise["attn2.to_k"] == pytest.approx(1.0, rel=0.1)
+    assert noise["attn1.to_k"] < noise["attn2.to_k"] / 30
+
+
 def test_layer_noise_of_8_bit_weights_is_less_if_they_are_rounded_by_moments():
     generator = torch.Generator().manual_seed(5)
     rows = torch.randn(400, 8, generator=generator) @ torch.randn(8, 64, generator=generator)
