@@ -2,7 +2,7 @@
 
 Noise of a layer's output, relative to that output: of the activation, from the recorded rows as the scheme's codes hold them;
 of the weight, from its codes, on the same rows. A convolution's taps count as independent, which rounding errors are. Of a prompt's
-tokens the noisiest counts: pixels attend to the start token more than to all others, and it is the one that has outliers.
+tokens the noisiest counts for itself: it is the start token, which has the outliers, and most of pixels' attention.
 What of it reaches the UNet's output was measured (sensitivity.py). Weight and activation noise add up.
 """
 
@@ -44,6 +44,8 @@ TIME_PER_MAC = {FP16: 1.0, WEIGHT_ONLY: 1.05, STATIC: 0.5, TOKEN: 0.55, CHANNEL_
 # int8 rate is four times fp16's were not measured.
 TIME_PER_MAC[WIDE] = 1.2
 TIME_PER_MAC |= {INT4_STATIC: 0.64, INT4_TOKEN: 0.69, INT4_WEIGHT_ONLY: 1.3}
+# Of what cross-attention puts out: about half of a pixel's attention goes to the start token, so a quarter of the energy.
+START_TOKEN_ENERGY = 0.25
 # Of a layer with a branch against the same without: two more small products and a pass over the input (SVDQuant, arXiv 2411.05007:
 # 57 % where nothing of it is fused, as here).
 BRANCH_TIME = 1.57
@@ -152,10 +154,11 @@ def layer_options(
 
     def per_bucket(noise_rows: Tensor) -> Tensor:
         """(R,) noise energy of each row's output -> (V,) relative to the output's energy."""
-        if reads_prompt(spec.name):
-            worst = (noise_rows / (rows @ matrix).square().sum(1).clamp_min(1e-30)).max()
-            return worst.double().cpu().expand(len(gain))
-        return _bucket_means(statistics, noise_rows.double().cpu(), rows.square().sum(1).double().cpu()) / ratio
+        mean = _bucket_means(statistics, noise_rows.double().cpu(), rows.square().sum(1).double().cpu()) / ratio
+        if not reads_prompt(spec.name):
+            return mean
+        worst = (noise_rows / (rows @ matrix).square().sum(1).clamp_min(1e-30)).max()
+        return mean.clamp_min(START_TOKEN_ENERGY * float(worst))
 
     kinds = {(scheme.weight_bits, scheme.rank) for scheme in schemes.values() if scheme is not None}
     rounded, branches = _rounded_weights(spec.name, weight, kinds, rounding or Rounding())
