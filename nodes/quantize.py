@@ -173,7 +173,7 @@ def _summary(source, quantized, recipe) -> str:
         + (f", {in_fp8} of them in fp8 instead" if in_fp8 else "")
         + (f", {in_int4} of them with 4-bit weights" if in_int4 else "")
         + (f", {wide} of them with 16-bit codes" if wide else ""),
-        f"UNet {before / 2**20:.0f} MiB -> {after / 2**20:.0f} MiB ({100 * after / before:.0f} %)",
+        f"UNet {before / 2**20:.0f} MiB as it was loaded -> {after / 2**20:.0f} MiB ({100 * after / before:.0f} %)",
         f"kept in 16 bit: {', '.join(NEVER_QUANTIZED)}",
     ]
     if recipe.needs_calibration:
