@@ -20,6 +20,8 @@ IDS = {
     "StepQuantCorrections",
     "StepQuantTune",
     "StepQuantCompare",
+    "StepQuantSaveTextEncoders",
+    "StepQuantLoadTextEncoders",
     "StepQuantSystemCheck",
 }
 
