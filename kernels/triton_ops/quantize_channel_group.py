@@ -61,9 +61,12 @@ def _grouped_slice_absmax_kernel(
 def _quantize_channel_group_row_kernel(
     x_ptr, codes_ptr, order_ptr, channel_factor_ptr, scale_ptr, zero_point_ptr, clipped_ptr,
     P, K, rows_per_scale, stride_xb, stride_xp,
-    DYNAMIC: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, TINY: tl.constexpr, BLOCK_K: tl.constexpr,
+    DYNAMIC: tl.constexpr, IS_STATIC: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, TINY: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One row of neighbouring channels, read once: quantized in memory order, and its codes then brought into stored order."""
+    """One row of neighbouring channels, read once: quantized in memory order, and its codes then brought into stored order.
+
+    DYNAMIC: makes and stores the row's scale; else it is the image's, or IS_STATIC: a stored one.
+    """
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0)
     row = image * P + pixel
@@ -72,15 +75,13 @@ def _quantize_channel_group_row_kernel(
     x = tl.load(x_ptr + image * stride_xb + pixel * stride_xp + ks, mask=inside, other=0.0).to(tl.float32)
     x *= tl.load(channel_factor_ptr + ks, mask=inside, other=0.0)
     order = tl.load(order_ptr + ks, mask=inside, other=0)
-    zero_point = 0
     if DYNAMIC:
         scale = dynamic_scale(tl.max(magnitude(x), axis=0), TINY)
         tl.store(scale_ptr + row, scale)
-        ratio = divided(x, scale, reciprocal(scale))
     else:
         scale = tl.load(scale_ptr + row // rows_per_scale)
-        if HAS_ZERO_POINT:
-            zero_point = tl.load(zero_point_ptr + row // rows_per_scale)
+    if IS_STATIC:
+        zero_point = tl.load(zero_point_ptr + row // rows_per_scale) if HAS_ZERO_POINT else 0
         ratio = x * reciprocal(scale)  # may be infinite, which the exact division does not bear
         if clipped_ptr is not None:
             clipped = count_beyond(ratio[None, :], inside[None, :], zero_point, HAS_ZERO_POINT)
@@ -88,6 +89,8 @@ def _quantize_channel_group_row_kernel(
         if HAS_ZERO_POINT:
             ratio = tl.where(ratio == ratio, ratio, 0.0)
         ratio = shifted_ratio(ratio, zero_point, HAS_ZERO_POINT)
+    else:
+        ratio = divided(x, scale, reciprocal(scale))
     # As floats: the gather goes through shared memory, whose banks are 4 bytes wide.
     codes = pack_codes(tl.gather(ratio, order, axis=0), tl.int8)
     tl.store(codes_ptr + row * K + ks, codes, mask=inside)
@@ -138,7 +141,7 @@ def _quantize_channel_group_kernel(
 
 
 def quantize_channel_group(x: Tensor, groups: ChannelGroups, static: StaticScale | None = None) -> QuantizedActivation:
-    """See quantize_channel_group_ref, whose codes and scales these are, bit for bit."""
+    """See quantize_channel_group_ref, whose codes and scales these are; static ones but where x / scale is a tie but for rounding."""
     check_input(x, groups)
     zero_point, rows_per_scale, dynamic = None, 1, static is None and x.ndim == 2
     if static is not None:
@@ -148,8 +151,7 @@ def quantize_channel_group(x: Tensor, groups: ChannelGroups, static: StaticScale
     else:
         x, _ = pixel_strides(x)
         scale, rows_per_scale = _image_scale(x, groups), x.shape[2] * x.shape[3]
-    clipped = None if static is None else static.clipped
-    codes = _store(x, groups, scale, zero_point, rows_per_scale, dynamic, clipped)
+    codes = _store(x, groups, scale, zero_point, rows_per_scale, dynamic, static)
     return QuantizedActivation(codes, scale, zero_point, rows_per_scale)
 
 
@@ -173,9 +175,15 @@ def _image_scale(x: Tensor, groups: ChannelGroups) -> Tensor:
 
 
 def _store(
-    x: Tensor, groups: ChannelGroups, scale: Tensor, zero_point: Tensor | None, rows_per_scale: int, dynamic: bool, clipped: Tensor | None
+    x: Tensor,
+    groups: ChannelGroups,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    rows_per_scale: int,
+    dynamic: bool,
+    static: StaticScale | None,
 ) -> Tensor:
-    """The codes; fills `scale` if dynamic."""
+    """The codes; fills `scale` if dynamic, and what `static` counts."""
     if x.ndim == 4:
         B, C, H, W = x.shape
         x, stride_p = pixel_strides(x)
@@ -183,7 +191,7 @@ def _store(
     else:
         (P, C), B, shape = x.shape, 1, tuple(x.shape)
         stride_b, stride_p, stride_c = 0, x.stride(0), x.stride(1)
-    pointers = (scale, scale if zero_point is None else zero_point, clipped)
+    pointers = (scale, scale if zero_point is None else zero_point, None if static is None else static.clipped)
     flags = {"DYNAMIC": dynamic, "HAS_ZERO_POINT": zero_point is not None, "TINY": TINY}
     codes = empty(shape, torch.int8, x.device)
     block_k = triton.next_power_of_2(C)
@@ -192,7 +200,7 @@ def _store(
             launch(
                 _quantize_channel_group_row_kernel, (P, B),
                 x, codes, groups.order, groups.channel_factor, *pointers, P, C, rows_per_scale, stride_b, stride_p,
-                **flags, BLOCK_K=block_k, num_warps=max(LEAST_WARPS, min(8, block_k // 512)),
+                **flags, IS_STATIC=static is not None, BLOCK_K=block_k, num_warps=max(LEAST_WARPS, min(8, block_k // 512)),
             )  # fmt: skip
             return codes
         if stride_c == 1:

@@ -165,6 +165,18 @@ def test_quantize_channel_group_kernel_equals_the_reference(shape, grouping, asy
         assert (actual.zero_point is None) == (expected.zero_point is None)
 
 
+def test_quantize_channel_group_rounds_an_images_ties_as_the_reference(triton_device):
+    """Halves of a step: multiplied by 1 / scale instead of divided, a tenth of them is rounded to the other neighbour."""
+    groups = channel_groups(torch.arange(256, dtype=torch.int32), torch.tensor([3, 0]), 128)
+    scales = torch.linspace(0.01, 0.02, 40)
+    x = torch.arange(-127, 129).sub(0.5).mul(scales[:, None]).clamp(-127 * scales[:, None], 127 * scales[:, None])
+    x = (x / groups.channel_factor)[:, :, None, None].contiguous(memory_format=torch.channels_last)
+    actual = dispatch.quantize_channel_group(x.to(triton_device), on(triton_device, groups))
+    expected = quantize_channel_group_ref(x, groups)
+    assert torch.equal(actual.scale.cpu(), expected.scale)
+    assert torch.equal(actual.codes.cpu(), expected.codes)
+
+
 def test_quantize_channel_group_makes_only_the_row_nan_that_was_not_finite(generator, triton_device):
     groups = groups_of(GROUPINGS[1], generator)
     x = outliers((9, groups.channels), groups, generator)
