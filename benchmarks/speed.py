@@ -6,7 +6,8 @@ Full-size UNet with random weights, 1024x1024, CFG batch 2, fp16; no text encode
 rows, no VAE and no sampler. Times are medians of 20 calls by CUDA events. A graph row is the same call in a CUDA graph: ours
 through the runner that ComfyUI uses, the others' recorded here. The first of our rows starts with an empty Triton cache,
 so its first call is the cold start. SQNR is against the fp16 row's output on the same inputs; random weights amplify any
-noise, so it compares modes and says nothing about pictures. Every row is written as soon as it is measured.
+noise, so it compares modes and says nothing about pictures. Every row is written as soon as it is measured. Profiles come
+last, so that the profiler is in no row.
 """
 
 from __future__ import annotations
@@ -20,17 +21,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from comfyui_session import GIB, start_comfyui, unload
+from comfyui_session import start_comfyui, unload
+from speed_gpu import Gpu
 from speed_table import Table, say
 
 HERE = Path(__file__).resolve().parent
-CALLS = 20
 # What --others takes.
 OTHERS = {
     "channels_last": "fp16 channels_last",
@@ -42,75 +41,10 @@ OTHERS = {
 }
 # What --schemes takes.
 PRESETS = {"token": "w8a8-token", "static": "w8a8-static", "fp8": "w8a8-fp8", "int4": "w4a8-token"}
+# Of --in-turns.
+TURNS = 12
 # What a new process, two models and two pictures take on a slow host; below it the sessions are left out.
 LEAST_SECONDS_FOR_A_SESSION = 30
-
-
-class Gpu:
-    """Times calls on the GPU, or on the CPU for the self-test."""
-
-    def __init__(self, device: str, lock: Path | None = None) -> None:
-        """lock: see --lock."""
-        self.device = device
-        self.is_cuda = device == "cuda"
-        self._lock = lock
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """While no other process with the same lock is in here."""
-        if self._lock is None:
-            yield
-            return
-        import fcntl
-
-        with self._lock.open("a", encoding="utf-8") as file:  # closing it gives the lock back
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    def wait(self) -> None:
-        import torch
-
-        if self.is_cuda:
-            torch.cuda.synchronize()
-
-    def first(self, call: Callable[[], Any]) -> tuple[Any, float]:
-        """The output and seconds of a first call."""
-        self.wait()
-        start = time.perf_counter()
-        output = call()
-        self.wait()
-        return output, time.perf_counter() - start
-
-    def median_ms(self, call: Callable[[], Any], calls: int = CALLS) -> float:
-        import torch
-
-        if not self.is_cuda:
-            return statistics.median(1000 * self.first(call)[1] for _ in range(2))
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
-        with self.alone():
-            for _ in range(3):
-                call()
-            self.wait()
-            for start, end in events:
-                start.record()
-                call()
-                end.record()
-            self.wait()
-        return statistics.median(start.elapsed_time(end) for start, end in events)
-
-    def forget_peak(self) -> None:
-        import torch
-
-        if self.is_cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def peak(self) -> dict[str, float | None]:
-        """peak_gib: of tensors. reserved_gib: of what torch took for them."""
-        import torch
-
-        figures = (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
-        return dict(zip(("peak_gib", "reserved_gib"), (one() / GIB if self.is_cuda else None for one in figures), strict=True))
 
 
 def load(patcher: Any) -> Any:
@@ -146,16 +80,16 @@ def measure_foreign(table: Table, gpu: Gpu, mode: str, patcher: Any, call: Calla
         sqnr = None
     else:
         sqnr = table.sqnr(output)
-    step_ms = gpu.median_ms(call)
+    step = gpu.step(call)
     cold = first_s if "compile" in mode or "SDNQ" in mode else None
-    table.add(mode, False, step_ms=step_ms, **gpu.peak(), cold_start_s=cold, sqnr_db=sqnr)
+    table.add(mode, False, **step, **gpu.peak(), cold_start_s=cold, sqnr_db=sqnr)
     del output
     if gpu.is_cuda:
         gpu.forget_peak()
         replay, output = record_graph(call)
         replay()
-        step_ms = gpu.median_ms(replay)
-        table.add(mode, True, step_ms=step_ms, **gpu.peak(), sqnr_db=None if sqnr is None else table.sqnr(output))
+        step = gpu.step(replay)
+        table.add(mode, True, **step, **gpu.peak(), sqnr_db=None if sqnr is None else table.sqnr(output))
 
 
 def measure_others(table: Table, gpu: Gpu, source: Path, inputs: Any, arguments: argparse.Namespace) -> Any:
@@ -189,69 +123,104 @@ def measure_others(table: Table, gpu: Gpu, source: Path, inputs: Any, arguments:
     return fp16
 
 
+def _quantized(scheme: str, fp16: Any, calibration: Any, inputs: Any, **how: Any) -> tuple[Any, Callable[[], Any]]:
+    """(model, its call) with all weights on the GPU."""
+    from stepquant.hosts.comfy.quantize import quantize_model
+
+    patcher = load(quantize_model(fp16, PRESETS[scheme], calibration, **how))
+    return patcher, inputs.on(patcher, ours=True)
+
+
 def measure_ours(
     table: Table, gpu: Gpu, scheme: str, fp16: Any, calibration: Any, inputs: Any, arguments: argparse.Namespace, cold: bool
 ) -> None:
     """One scheme: the whole UNet as ComfyUI runs it, then the same without a graph, then layer by layer if asked for."""
     from stepquant.hosts.acceleration import Acceleration
     from stepquant.hosts.comfy.attach import counting_macs, state_of
-    from stepquant.hosts.comfy.quantize import quantize_model
 
-    preset = PRESETS[scheme]
-    name, share = f"ours {preset}", None
+    name, share = f"ours {PRESETS[scheme]}", None
 
-    def row(mode: str, graph: bool, output: Any, step_ms: float, **more: object) -> None:
-        table.add(mode, graph, step_ms=step_ms, **gpu.peak(), sqnr_db=table.sqnr(output), integer_mac_share=share, **more)
+    def row(mode: str, graph: bool, output: Any, step: dict[str, object], **more: object) -> None:
+        table.add(mode, graph, **step, **gpu.peak(), sqnr_db=table.sqnr(output), integer_mac_share=share, **more)
 
     with table.attempt(name):
-        patcher = load(quantize_model(fp16, preset, calibration))
-        state, call = state_of(patcher), inputs.on(patcher, ours=True)
+        patcher, call = _quantized(scheme, fp16, calibration, inputs)
+        state = state_of(patcher)
         gpu.forget_peak()
         output, first_s = gpu.first(call)
         compiled = _compiled_kernels()
         with counting_macs(patcher.model) as counter:
             call()
         share = counter.integer_share()
-        step_ms = gpu.median_ms(call)
+        step = gpu.step(call)
         reason = state.runner.last_reason
-        split = _profile(gpu, call, f"{name}, graph") if arguments.profile and gpu.is_cuda else None
         more = {"cold_start_s": first_s if cold else None, "first_call_s": first_s, "kernels_compiled": compiled}
-        row(f"{name} fused", reason is None, call(), step_ms, **more, runner=state.runner.describe(), time_split=split)
+        row(f"{name} fused", reason is None, call(), step, **more, runner=state.runner.describe())
         if gpu.is_cuda and reason is not None:
             say(f"  no graph: {reason}")
         state.acceleration = Acceleration.FUSED
         state.runner.release()
         gpu.forget_peak()
         call()
-        step_ms = gpu.median_ms(call)
-        split = _profile(gpu, call, f"{name}, eager") if arguments.profile and gpu.is_cuda else None
-        row(f"{name} fused", False, call(), step_ms, time_split=split)
+        step = gpu.step(call)
+        row(f"{name} fused", False, call(), step)
     if not arguments.layerwise:
         return
     with table.attempt(f"{name} layerwise"):
-        patcher = load(quantize_model(fp16, preset, calibration, acceleration=Acceleration.OFF))
-        call = inputs.on(patcher, ours=True)
+        patcher, call = _quantized(scheme, fp16, calibration, inputs, acceleration=Acceleration.OFF)
         gpu.forget_peak()
         output, _ = gpu.first(call)
-        row(f"{name} layerwise", False, output, gpu.median_ms(call))
+        row(f"{name} layerwise", False, output, gpu.step(call))
         if gpu.is_cuda:
             gpu.forget_peak()
             replay, output = record_graph(call)
             replay()
-            row(f"{name} layerwise", True, output, gpu.median_ms(replay))
+            row(f"{name} layerwise", True, output, gpu.step(replay))
 
 
-def _profile(gpu: Gpu, call: Callable[[], Any], title: str) -> dict | None:
+def measure_in_turns(table: Table, gpu: Gpu, fp16: Any, calibrations: dict, inputs: Any, arguments: argparse.Namespace) -> None:
+    """Eager steps of fp16 and ours in turns, all on the GPU: what the host's clock does within seconds, it does to all of them."""
+    import comfy.model_management
+
+    from stepquant.hosts.comfy.quantize import quantize_model
+
+    with table.attempt("eager in turns"):
+        patchers = {"ComfyUI fp16": fp16}
+        for scheme in arguments.schemes:
+            name = f"ours {PRESETS[scheme]} fused"
+            patchers[name] = quantize_model(fp16, PRESETS[scheme], calibrations.get(scheme), acceleration="fused")
+        unload()
+        comfy.model_management.load_models_gpu(list(patchers.values()), force_full_load=True)
+        calls = {name: inputs.on(patcher, ours=patcher is not fp16) for name, patcher in patchers.items()}
+        turns = [{name: statistics.median(gpu.calls_ms(call, 3)) for name, call in calls.items()} for _ in range(TURNS)]
+        for name in calls:
+            ratio = statistics.median(turn["ComfyUI fp16"] / turn[name] for turn in turns)
+            step_ms = statistics.median(turn[name] for turn in turns)
+            table.add(
+                name, False, kind="in turns", step_ms=step_ms, turns_ms=[round(turn[name], 2) for turn in turns], fp16_over_this=ratio
+            )
+
+
+def profile_ours(table: Table, gpu: Gpu, scheme: str, fp16: Any, calibration: Any, inputs: Any) -> None:
+    """Where one scheme's GPU time goes, as a graph and without."""
     import speed_profile
 
-    try:
-        with gpu.alone():
-            split = speed_profile.time_split(call)
-    except Exception as error:  # the figures are worth having without it
-        say(f"  no profile: {type(error).__name__}: {error}")
-        return None
-    say("\n".join([f"  {title}: GPU time of a step", *speed_profile.lines(split)]))
-    return split
+    from stepquant.hosts.acceleration import Acceleration
+    from stepquant.hosts.comfy.attach import state_of
+
+    name = f"ours {PRESETS[scheme]} fused"
+    with table.attempt(f"profile {name}"):
+        patcher, call = _quantized(scheme, fp16, calibration, inputs)
+        state = state_of(patcher)
+        for acceleration in (Acceleration.AUTO, Acceleration.FUSED):
+            state.acceleration = acceleration
+            for _ in range(3):
+                call()
+            graph = state.runner.last_reason is None
+            with gpu.alone():
+                split = speed_profile.time_split(call)
+            table.add(name, graph, kind="time split", time_split=split)
+            say("\n".join(speed_profile.lines(split)))
 
 
 def measure_session(table: Table, mode: str, source: Path, arguments: argparse.Namespace) -> None:
@@ -323,6 +292,9 @@ def parse(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--lock", type=Path, help="a file; of processes on one GPU that are given the same, one at a time measures")
     parser.add_argument("--no-session", action="store_true", help="without the two pictures through ComfyUI's sampler")
     parser.add_argument("--layerwise", action="store_true", help="also our modes layer by layer, without fused blocks")
+    parser.add_argument(
+        "--in-turns", action="store_true", help="also fp16's and our eager steps in turns, against a host whose clock changes"
+    )
     parser.add_argument("--profile", action="store_true", help="also where the GPU time of our rows goes, by groups of kernels")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the tests' small model, to try this script")
@@ -340,18 +312,24 @@ def measure(table: Table, gpu: Gpu, folder: Path, arguments: argparse.Namespace)
             with table.attempt("write the source"):
                 speed_models.write_source(source, arguments.tiny)
         inputs = speed_models.UNetCall(size, gpu.device, torch.float16 if gpu.is_cuda else torch.float32)
-        fp16 = measure_others(table, gpu, source, inputs, arguments)
+        fp16, calibrations = measure_others(table, gpu, source, inputs, arguments), {}
         for number, scheme in enumerate(arguments.schemes):
             if table.seconds_left < 0:
                 say(f"  left out, time is up: {PRESETS[scheme]}")
                 continue
-            calibration = None
             if scheme == "static":
                 with table.attempt("calibrate"):
-                    calibration = speed_models.calibrate_source(fp16, size)
-            measure_ours(table, gpu, scheme, fp16, calibration, inputs, arguments, cold=number == 0)
+                    calibrations[scheme] = speed_models.calibrate_source(fp16, size)
+            measure_ours(table, gpu, scheme, fp16, calibrations.get(scheme), inputs, arguments, cold=number == 0)
             if number == 0:
                 measure_sessions(table, gpu, source, arguments)
+        if arguments.in_turns:
+            measure_in_turns(table, gpu, fp16, calibrations, inputs, arguments)
+        for scheme in arguments.schemes if arguments.profile and gpu.is_cuda else ():
+            if table.seconds_left < 0:
+                say(f"  left out, time is up: profile of {PRESETS[scheme]}")
+                continue
+            profile_ours(table, gpu, scheme, fp16, calibrations.get(scheme), inputs)
 
 
 def measure_sessions(table: Table, gpu: Gpu, source: Path, arguments: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 GROUPS = {
     "attention": r"flash|fmha|sdpa|attention",
     "conv": r"conv|fprop|implicit",
-    "GEMM": r"gemm|matmul|cutlass|nvjet|cublas|splitk|wgmma|dot_kernel|gemv",
+    "GEMM": r"gemm|gluon_geglu|matmul|cutlass|nvjet|cublas|splitk|wgmma|dot_kernel|gemv",
     "quantize and norm": r"quantize|norm|moments|absmax|image_scale|affine|geglu",
     "copy": r"memcpy|memset|copy|cat|nchw|nhwc|transpose",
     "elementwise": r"elementwise|vectorized|reduce|softmax|index|fill|where|triton_",
