@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import CalibrationError
 from ..quant.recipe import INT4_PRESETS
-from .calibrate import read_prompts
-from .open_model import DEMO, choose_device, open_pipeline
-from .output import console, print_json, progress_bar, size_text
-from .quantize import read_recipe, read_rounding
+from .learned_rounding import Words, open_subject, train_and_report, training_text
+from .open_model import DEMO
+from .output import size_text
+from .quantize import read_rounding
 
-DEFAULT_PROMPTS = 24
+WORDS = Words("quest", "Tuning part by part", "tuned")
 
 
 def quest(
@@ -43,49 +41,30 @@ def quest(
     """Fine-tune 4-bit feed-forward and time layers for what the whole UNet answers, from any other rounding."""
     from dataclasses import replace
 
-    from ..demo.prompts import seen_prompts
-    from ..hosts.diffusers.quantize import unet_shapes
     from ..hosts.diffusers.quest import GIB, Quest, quest_parts
     from ..hosts.diffusers.quest import quest as run
     from ..hosts.diffusers.quest_cost import quest_cost
     from ..hosts.diffusers.trajectory import Sampling
-    from ..quant.calibration import Calibration
-    from ..quant.layers import find_layers
-    from ..quant.recipe import preset_recipe
 
     start_from = read_rounding(rounding, hessians, blocks)
-    texts = read_prompts(prompts, seen_prompts(DEFAULT_PROMPTS))
-    chosen = None if recipe is None else read_recipe(recipe)
-    if chosen is not None and chosen.needs_calibration and calibration is None:
-        raise CalibrationError(f"{recipe}: has static layers. Give the --calibration it was planned with.")
-    pipeline = open_pipeline(checkpoint, choose_device(device))
-    layers = find_layers(unet_shapes(pipeline.unet))
-    chosen = chosen or preset_recipe(preset, layers)
+    subject = open_subject(checkpoint, preset, recipe, calibration, prompts, device)
+    unet, chosen, texts = subject.pipeline.unet, subject.recipe, subject.texts
     training = replace(Quest().training, steps=steps, seed=seed)
-    on_gpu = pipeline.device.type != "cpu"
-    how = Quest(Sampling(Quest().sampling.steps, guidance, seed), training=training, memory_bytes=int(memory * GIB), exact=on_gpu)
-    cost = quest_cost(pipeline.unet, chosen, layers, quest_parts(pipeline.unet, chosen, how.memory_bytes), len(texts), how)
-    if not as_json:
-        console.print(_cost_text(cost, on_gpu), soft_wrap=True)
-    if not dry_run:
-        statistics = Calibration.load(calibration) if calibration else None
-        with progress_bar(quiet=as_json) as start:
-            run(pipeline, chosen, texts, out, how, start_from, statistics, start("Tuning part by part"))
-    if as_json:
-        print_json({"folder": str(out), "tuned": not dry_run, **asdict(cost)})
-    elif not dry_run:
-        console.print(f"{out}: {cost.values} weights. Now: quantize --rounding quest --blocks {out}", soft_wrap=True)
+    sampling = Sampling(Quest().sampling.steps, guidance, seed)
+    how = Quest(sampling, training=training, memory_bytes=int(memory * GIB), exact=not subject.on_cpu)
+    cost = quest_cost(unet, chosen, subject.layers, quest_parts(unet, chosen, how.memory_bytes), len(texts), how)
+
+    def train(statistics, progress) -> None:
+        run(subject.pipeline, chosen, texts, out, how, start_from, statistics, progress)
+
+    costs = _cost_text(cost, subject.on_cpu)
+    train_and_report(WORDS, subject, out, cost, costs, f"{cost.values} weights", train, dry_run, as_json)
 
 
-def _cost_text(cost, on_gpu: bool) -> str:
-    from ..hosts.rounding_cost import SHARE_REACHED, matmul_speed
-
-    training = f"{cost.operations / 1e12:.1f} TFLOP of training"
-    if not on_gpu:
-        training += f" (about {max(1, round(cost.seconds(SHARE_REACHED * matmul_speed()) / 60))} min here)"
+def _cost_text(cost, on_cpu: bool) -> str:
     return (
         f"{cost.values} weights in {cost.parts} {'part' if cost.parts == 1 else 'parts'}: {cost.unet_calls} UNet calls to record, "
-        f"{training}, "
+        f"{training_text(cost, on_cpu)}, "
         f"{size_text(cost.memory_bytes)} of memory beside the quantized model, {size_text(cost.ram_bytes)} of RAM, "
         f"{size_text(cost.disk_bytes)} on disk. Parts that are done already are not done again."
     )

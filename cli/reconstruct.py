@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import CalibrationError
 from ..quant.recipe import INT4_PRESETS
-from .calibrate import read_prompts
-from .open_model import DEMO, choose_device, open_pipeline
-from .output import console, print_json, progress_bar, size_text
-from .quantize import read_recipe
+from .learned_rounding import Words, open_subject, train_and_report, training_text
+from .open_model import DEMO
+from .output import size_text
 
-DEFAULT_PROMPTS = 24
+WORDS = Words("reconstruct", "Rounding block by block", "rounded")
 
 
 def reconstruct(
@@ -34,43 +31,26 @@ def reconstruct(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Round 4-bit weights for what whole blocks of the UNet answer: slower than GPTQ, and nearer to the 16-bit model."""
-    from ..demo.prompts import seen_prompts
-    from ..hosts.diffusers.quantize import unet_shapes
-    from ..hosts.diffusers.reconstruct import Reconstruction, reconstruct, reconstructed_layers
+    from ..hosts.diffusers.reconstruct import Reconstruction, reconstructed_layers
+    from ..hosts.diffusers.reconstruct import reconstruct as run
     from ..hosts.diffusers.reconstruct_cost import reconstruction_cost
     from ..hosts.diffusers.trajectory import Sampling
-    from ..quant.calibration import Calibration
-    from ..quant.layers import find_layers
-    from ..quant.recipe import preset_recipe
     from ..quant.rounding.block import Training
 
-    texts = read_prompts(prompts, seen_prompts(DEFAULT_PROMPTS))
-    chosen = None if recipe is None else read_recipe(recipe)
-    if chosen is not None and chosen.needs_calibration and calibration is None:
-        raise CalibrationError(f"{recipe}: has static layers. Give the --calibration it was planned with.")
-    pipeline = open_pipeline(checkpoint, choose_device(device))
-    chosen = chosen or preset_recipe(preset, find_layers(unet_shapes(pipeline.unet)))
+    subject = open_subject(checkpoint, preset, recipe, calibration, prompts, device)
+    unet, chosen, texts = subject.pipeline.unet, subject.recipe, subject.texts
     how = Reconstruction(Sampling(Reconstruction().sampling.steps, guidance, seed), training=Training(iterations, batch, seed))
-    cost = reconstruction_cost(pipeline.unet, reconstructed_layers(pipeline.unet, chosen), len(texts), how)
-    if not as_json:
-        console.print(_cost_text(cost, pipeline.device.type == "cpu"), soft_wrap=True)
-    if not dry_run:
-        statistics = Calibration.load(calibration) if calibration else None
-        with progress_bar(quiet=as_json) as start:
-            reconstruct(pipeline, chosen, texts, out, how, statistics, start("Rounding block by block"))
-    if as_json:
-        print_json({"folder": str(out), "rounded": not dry_run, **asdict(cost)})
-    elif not dry_run:
-        console.print(f"{out}: {cost.blocks} blocks. Now: quantize --rounding reconstruct --blocks {out}", soft_wrap=True)
+    cost = reconstruction_cost(unet, reconstructed_layers(unet, chosen), len(texts), how)
+
+    def train(statistics, progress) -> None:
+        run(subject.pipeline, chosen, texts, out, how, statistics, progress)
+
+    costs = _cost_text(cost, subject.on_cpu)
+    train_and_report(WORDS, subject, out, cost, costs, f"{cost.blocks} blocks", train, dry_run, as_json)
 
 
 def _cost_text(cost, on_cpu: bool) -> str:
-    from ..hosts.rounding_cost import SHARE_REACHED, matmul_speed
-
-    training = f"{cost.operations / 1e12:.1f} TFLOP of training"
-    if on_cpu:
-        training += f" (about {max(1, round(cost.seconds(SHARE_REACHED * matmul_speed()) / 60))} min here)"
     return (
-        f"{cost.blocks} blocks on {cost.samples} samples: {cost.unet_calls} UNet calls, {training}, "
+        f"{cost.blocks} blocks on {cost.samples} samples: {cost.unet_calls} UNet calls, {training_text(cost, on_cpu)}, "
         f"{size_text(cost.memory_bytes)} of memory beside the model. Blocks that are done already are not done again."
     )
