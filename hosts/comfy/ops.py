@@ -28,12 +28,11 @@ from ...quant.mac_counter import MacCounter
 from ...quant.saturation import LayerSaturation
 from ...quant.scheme import Scheme
 from .. import compute
-from ..fused import NormTensors
 from ..low_rank import LowRankBranch
-from . import compiled
+from . import compiled, norms
 from .int4_layout import make_int4_weight
 from .layouts import is_quantized, make_weight, unpack
-from .residency import ResidentNorm, ResidentPlain, ResidentWeight
+from .residency import ResidentPlain, ResidentWeight
 from .scale_bank import ScaleBank
 from .stored_weight import shown
 from .tap import TimestepTap
@@ -309,39 +308,6 @@ class _Borrowed:
         self._fetched.__exit__(*error)
 
 
-class _BorrowedNorm:
-    """As _Borrowed, for a norm of ComfyUI's."""
-
-    def __init__(self, norm: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> None:
-        self._norm, self._x = norm, x
-
-    def __enter__(self) -> NormTensors:
-        self._fetched = comfy.ops.CastBiasWeightContext(self._norm, self._x, offloadable=True)
-        norm, (weight, bias) = self._norm, self._fetched.__enter__()
-        if norm.scales is not None:
-            weight, bias = (norm.scales.multiplied(norm.layer_name, part) for part in (weight, bias))
-        return NormTensors(weight, bias, norm.eps)
-
-    def __exit__(self, *error: object) -> None:
-        self._fetched.__exit__(*error)
-
-
-def borrow_norm(norm: nn.Module, x: Tensor) -> AbstractContextManager[NormTensors | None]:
-    """weight, bias (both (C,)) and eps of a GroupNorm or LayerNorm on x's device, for as long as the block runs.
-
-    None if it has no weight or bias: then it must run its own forward. Weight functions are applied, as ComfyUI does.
-    """
-    if resident_norm(norm, x) is not None:
-        return norm.resident
-    return NOTHING if norm.weight is None or norm.bias is None else _BorrowedNorm(norm, x)
-
-
-def resident_norm(norm: nn.Module, x: Tensor) -> NormTensors | None:
-    resident = norm.resident
-    usable = resident is not None and resident.lease.held and resident.tensors.weight is not None
-    return resident.tensors if usable and resident.tensors.weight.dtype == x.dtype else None
-
-
 class StepQuantOps(comfy.ops.manual_cast):
     """The operations class for ComfyUI's `custom_operations`."""
 
@@ -391,24 +357,5 @@ class StepQuantOps(comfy.ops.manual_cast):
             )
             return x.new_empty((x.shape[0], self.out_channels, height, width))
 
-    class GroupNorm(comfy.ops.manual_cast.GroupNorm):
-        resident: ResidentNorm | None = None
-        scales: ScaleBank | None = None
-
-        def forward(self, x: Tensor) -> Tensor:
-            norm = resident_norm(self, x)
-            if norm is not None:
-                return F.group_norm(x, self.num_groups, norm.weight, norm.bias, norm.eps)
-            y = super().forward(x)
-            return y if self.scales is None else self.scales.multiplied(self.layer_name, y.transpose(1, -1)).transpose(1, -1)
-
-    class LayerNorm(comfy.ops.manual_cast.LayerNorm):
-        resident: ResidentNorm | None = None
-        scales: ScaleBank | None = None
-
-        def forward(self, x: Tensor) -> Tensor:
-            norm = resident_norm(self, x)
-            if norm is not None:
-                return F.layer_norm(x, self.normalized_shape, norm.weight, norm.bias, norm.eps)
-            y = super().forward(x)
-            return y if self.scales is None else self.scales.multiplied(self.layer_name, y)
+    GroupNorm = norms.GroupNorm
+    LayerNorm = norms.LayerNorm

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ....kernels import dispatch
 from ....kernels.group_norm_silu_quantize import GROUPS
 from ..guard import Guard, Unowned
-from ..ops import borrow_norm
+from ..norms import borrow_norm
 
 
 class ChannelsLastConv:

@@ -23,7 +23,8 @@ from ...compute import LayerTensors
 from ...fused import NormTensors
 from ...fused_transformer import Added, Gated, Normed
 from ..graph_capture import is_capturing
-from ..ops import QuantizableOp, borrow_norm, resident_norm
+from ..norms import borrow_norm, resident_norm
+from ..ops import QuantizableOp
 
 FUSABLE = (ActivationMode.TOKEN, ActivationMode.STATIC)
 # What GroupNorm and SiLU write for a convolution; other producers have no 16-bit codes, and such layers run one by one.
