@@ -58,7 +58,9 @@ def _introduction(records: Sequence[Record]) -> list[str]:
         "SQNR is that of the UNet's output on fp16's own trajectory: energies summed over prompts per step, mean of dB over steps.",
         f"{settings['steps']} steps, guidance {settings['guidance']}; static scales from {settings['calibration_prompts']} other prompts. "
         "Every row is the last run of its mode.",
-        "Its prompts, device and commit are in the last column; other prompts alone can change a row by 1 dB.",
+        "Its prompts, device and commit (+: and changes that were committed after the run) are in the last column; other prompts alone",
+        "can change a row by 1 dB. Rows of different commits compare: the same recipe comes out the same to 0.001 dB; `plan` rows are",
+        "planned anew in each run.",
         "",
         "Rows are plain min-max (one symmetric scale per tensor, weights too, for all timesteps), each method added to it alone,",
         "then all of them. `comfy-int8` and `comfy-fp8`: Linears alone, as ComfyUI does them; convolutions stay 16 bit. ~ marks rows",
@@ -110,7 +112,8 @@ def _channel_groups(record: Record) -> str:
 def _run(record: Record) -> str:
     """Rows of different runs stand in one table."""
     gpu = (record.get("gpu") or "CPU").removeprefix("NVIDIA ").split(" ")[0]
-    return f"{record['settings']['prompts']} prompts, {gpu}, {record['commit'][:7]}"
+    commit, changed, _ = record["commit"].partition("-dirty")
+    return f"{record['settings']['prompts']} prompts, {gpu}, {commit[:7]}{'+' if changed else ''}"
 
 
 def _number(value: float | None) -> str:

@@ -154,6 +154,14 @@ def test_last_record_of_a_mode_counts():
     assert "| w8a8-token | 38.00 |" in page and "30.00" not in page
 
 
+def test_table_marks_a_run_with_changes_that_its_commit_does_not_hold():
+    table = load("quality_table")
+    commits = {"a": "0123456789", "b": "01234567-dirty"}
+    rows = [record(table.MODELS[0], mode, sqnr_db=30.0) | {"commit": commit} for mode, commit in commits.items()]
+    cells = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in table.render(rows).splitlines() if line.startswith("| ")}
+    assert cells["a"].endswith(" 0123456") and cells["b"].endswith(" 0123456+")
+
+
 def test_table_says_how_many_channel_groups_of_what_size_there_are():
     table = load("quality_table")
     groups = {"a": [4, 16], "b": [4, 16], "c": [2, 8]}
