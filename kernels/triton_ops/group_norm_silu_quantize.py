@@ -15,7 +15,7 @@ from ..quantize_token import TINY
 from ..repeat import empty, launch
 from ..static_scale import StaticScale
 from .activations import SILU_DIP_DEPTH, silu
-from .clipping import add_clipped, count_beyond
+from .clipping import add_clipped, count_beyond_and_nan
 from .encoding import reciprocal, static_entry
 from .group_norm_statistics import Bound, GroupStatistics, group_statistics
 from .launch import cdiv, on_device
@@ -75,8 +75,9 @@ def _normalize_quantize_kernel(
     ratio = y * reciprocal(scale)
     if clipped_ptr is not None:
         is_first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (image == 0)
-        add_clipped(clipped_ptr, count_beyond(ratio, inside, zero_point, HAS_ZERO_POINT), clipped_rows, is_first)
-    if HAS_ZERO_POINT:
+        clipped, ratio = count_beyond_and_nan(ratio, inside, zero_point, HAS_ZERO_POINT)
+        add_clipped(clipped_ptr, clipped, clipped_rows, is_first)
+    elif HAS_ZERO_POINT:
         ratio = tl.where(ratio == ratio, ratio, 0.0)
     if tl.float8e4nv != CODES:
         ratio = shifted_ratio(ratio, zero_point, HAS_ZERO_POINT)

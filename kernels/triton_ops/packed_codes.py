@@ -38,6 +38,28 @@ def row_absmax(head, tail):
 
 
 @triton.jit
+def absmax_of_tiles(tiles):
+    """(rows, 1) fp32 max |x| of rows held as tiles (row_tiles.py); NaN or infinite if any value is. fp16 is compared as such."""
+    if INTERPRETED:  # see row_absmax
+        absmax = magnitude(tiles[0])
+        for i in tl.static_range(1, len(tiles)):
+            absmax = tl.maximum(absmax, magnitude(tiles[i]))
+        absmax = tl.max(absmax, axis=1, keep_dims=True)
+    else:
+        absmax = _absolute(tiles[0])
+        for i in tl.static_range(1, len(tiles)):
+            absmax = larger(absmax, _absolute(tiles[i]))
+        absmax = tl.reduce(absmax, 1, larger, keep_dims=True).to(tl.float32)
+    return absmax
+
+
+@triton.jit
+def _absolute(x):
+    """|x|; fp32 of bfloat16, whose maximum Triton gives as fp32, which a reduction does not bear."""
+    return tl.abs(x.to(tl.float32) if x.dtype == tl.bfloat16 else x)
+
+
+@triton.jit
 def divided(x, scale, inverse):
     """x / scale, rounded correctly: inverse is 1 / scale, or 0 for a scale that is not finite, which gives NaN or 0.
 

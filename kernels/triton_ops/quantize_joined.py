@@ -12,7 +12,7 @@ from ..quantize_joined import OPERATION, check_joined
 from ..quantize_token import TINY
 from ..repeat import empty, launch
 from ..static_scale import StaticScale
-from .clipping import add_clipped, count_beyond
+from .clipping import add_clipped, count_beyond_and_nan
 from .encoding import reciprocal, static_entry
 from .launch import cdiv, on_device
 from .packed_codes import divided, larger, pack_codes, row_absmax, shifted_ratio
@@ -53,8 +53,9 @@ def _joined_static_kernel(
     ratio = x.to(tl.float32) * reciprocal(scale)
     if clipped_ptr is not None:
         is_first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (image == 0)
-        add_clipped(clipped_ptr, count_beyond(ratio, inside, zero_point, HAS_ZERO_POINT), P * tl.num_programs(2), is_first)
-    if HAS_ZERO_POINT:
+        clipped, ratio = count_beyond_and_nan(ratio, inside, zero_point, HAS_ZERO_POINT)
+        add_clipped(clipped_ptr, clipped, P * tl.num_programs(2), is_first)
+    elif HAS_ZERO_POINT:
         ratio = tl.where(ratio == ratio, ratio, 0.0)
     codes = pack_codes(shifted_ratio(ratio, zero_point, HAS_ZERO_POINT), codes_ptr.dtype.element_ty)
     code_ptrs = codes_ptr + image * P * C + (pixels[:, None] * C + channels[None, :])

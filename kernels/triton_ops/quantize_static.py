@@ -10,7 +10,7 @@ from torch import Tensor
 from ..activation import QuantizedActivation
 from ..quantize_static import rows_per_bucket
 from ..repeat import empty, launch
-from .clipping import add_clipped, count, count_beyond
+from .clipping import add_clipped, count, count_beyond_and_nan
 from .encoding import reciprocal, static_entry
 from .launch import cdiv, on_device
 from .packed_codes import divided, pack_codes, shifted_ratio
@@ -19,8 +19,9 @@ from .rounding import nearest_code
 BLOCK_P = 32
 BLOCK_C = 128
 # Of tensors that lie in the codes' order: the largest that divides what shares a scale.
-FLAT_BLOCKS = (4096, 2048, 1024)
+FLAT_BLOCKS = (2048, 1024)
 MAX_FLAT = 2**31  # positions are counted in 32 bits
+MAX_SCALES = 65535  # of a grid's second axis
 
 
 @triton.jit
@@ -31,12 +32,11 @@ def _quantize_flat_kernel(
 ):  # fmt: skip
     """As _quantize_static_kernel for BLOCK neighbouring values, all of one scale, where codes lie in x's order."""
     CODES: tl.constexpr = codes_ptr.dtype.element_ty
-    start = tl.program_id(0) * BLOCK
-    places = start + tl.arange(0, BLOCK)[None, :]
+    entry = tl.program_id(1)
+    places = entry * values_per_scale + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     x = tl.load(x_ptr + places).to(tl.float32)
-    entry = start // values_per_scale
     if LOOK_UP:
-        first = start % values_per_scale == 0
+        first = tl.program_id(0) == 0
         scale, zero_point = static_entry(
             table_ptr, zero_table_ptr, bucket_ptr, scale_ptr, zero_point_ptr, entry, entry >= 0, first, HAS_ZERO_POINT
         )
@@ -46,9 +46,9 @@ def _quantize_flat_kernel(
         zero_point = tl.load(zero_point_ptr + entry) if HAS_ZERO_POINT else 0
         ratio = divided(x, scale, reciprocal(scale))
     if clipped_ptr is not None:
-        clipped = count_beyond(ratio, places >= 0, zero_point, HAS_ZERO_POINT)
-        add_clipped(clipped_ptr, clipped, rows, tl.program_id(0) == 0)
-    if HAS_ZERO_POINT:
+        clipped, ratio = count_beyond_and_nan(ratio, places >= 0, zero_point, HAS_ZERO_POINT)
+        add_clipped(clipped_ptr, clipped, rows, (tl.program_id(0) == 0) & (entry == 0))
+    elif HAS_ZERO_POINT:
         ratio = tl.where(ratio == ratio, ratio, 0.0)
     if tl.float8e4nv != CODES:
         ratio = shifted_ratio(ratio, zero_point, HAS_ZERO_POINT)
@@ -149,10 +149,13 @@ def _quantize(
     pointers = (x, codes, scale, scale if zero_point is None else zero_point, *tables, clipped)
     flags = {"LOOK_UP": looks_up, "HAS_ZERO_POINT": zero_point is not None}
     in_order = stride_c == 1 and stride_p == C and (B == 1 or stride_b == P * C) and x.numel() < MAX_FLAT
-    block = next((size for size in FLAT_BLOCKS if in_order and rows_per_scale * C % size == 0), None)
+    values_per_scale = rows_per_scale * C
+    few_scales = 0 < x.numel() <= MAX_SCALES * values_per_scale
+    block = next((size for size in FLAT_BLOCKS if in_order and few_scales and values_per_scale % size == 0), None)
     with on_device(x):
         if block is not None:
-            launch(_quantize_flat_kernel, (x.numel() // block,), *pointers, rows_per_scale * C, B * P, **flags, BLOCK=block, num_warps=4)
+            grid = (values_per_scale // block, x.numel() // values_per_scale)
+            launch(_quantize_flat_kernel, grid, *pointers, values_per_scale, B * P, **flags, BLOCK=block, num_warps=4)
         else:
             launch(
                 _quantize_static_kernel, (cdiv(P, BLOCK_P), cdiv(C, BLOCK_C), B),

@@ -11,35 +11,31 @@ from ..activation import QuantizedActivation
 from ..quantize_token import TINY, check_into, check_rows
 from ..repeat import empty, launch
 from .encoding import reciprocal
-from .launch import cdiv, on_device
-from .packed_codes import divided, pack_codes, row_absmax
+from .launch import on_device
+from .packed_codes import absmax_of_tiles, divided, pack_codes
 from .rounding import dynamic_scale, magnitude, nearest_code
-from .row_parts import is_even, load_parts, neighbours, row_warps, rows_per_program, split_row, store_row
+from .row_tiles import load_tiles, rows_of_program, split_tiles, store_tile, warps_of_program
 
 # Longer rows do not fit in registers.
 MAX_HELD = 8192
 BLOCK_K = 2048
-# Sizes whose value or divisibility must not make another compiled kernel: a prompt has 77 tokens, or 154.
-RUNTIME_ONLY = ["M"]
 
 
-@triton.jit(do_not_specialize=RUNTIME_ONLY)
+@triton.jit
 def _quantize_token_kernel(
     x_ptr, codes_ptr, scale_ptr,
-    M, K, stride_xm,
-    TINY: tl.constexpr, BLOCK_M: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, EVEN: tl.constexpr, VECTOR: tl.constexpr,
+    K, stride_xm,
+    TINY: tl.constexpr, BLOCK_M: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     CODES: tl.constexpr = codes_ptr.dtype.element_ty
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside_m = rows < M
-    inside = inside_m[:, None]
-    head, tail = load_parts(x_ptr + rows[:, None] * stride_xm, K, inside, HEAD, TAIL, EVEN, VECTOR)
-    scale = dynamic_scale(row_absmax(head, tail), TINY, CODES)
-    tl.store(scale_ptr + rows, scale, mask=inside_m)
-    scale, inverse = scale[:, None], reciprocal(scale)[:, None]
-    head = pack_codes(divided(head.to(tl.float32), scale, inverse), CODES)
-    tail = pack_codes(divided(tail.to(tl.float32), scale, inverse), CODES)
-    store_row(codes_ptr + rows[:, None] * K, K, inside, head, tail, HEAD, TAIL, EVEN, VECTOR)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    x = load_tiles(x_ptr + rows * stride_xm, K, TILES, WIDTH, EVEN)
+    scale = dynamic_scale(absmax_of_tiles(x), TINY, CODES)
+    tl.store(scale_ptr + rows, scale)
+    inverse = reciprocal(scale)
+    for i in tl.static_range(TILES):
+        codes = pack_codes(divided(x[i].to(tl.float32), scale, inverse), CODES)
+        store_tile(codes_ptr + rows * K, K, codes, i, WIDTH, EVEN)
 
 
 @triton.jit
@@ -69,12 +65,12 @@ def quantize_token(x: Tensor, dtype: torch.dtype = torch.int8, into: QuantizedAc
     scale = empty((M,), torch.float32, x.device) if into is None else into.scale
     with on_device(x):
         if K <= MAX_HELD:
-            head, tail = split_row(K)
-            block_m = rows_per_program(K)
+            tiles, width = split_tiles(K)
+            block_m = rows_of_program(M, width)
             launch(
-                _quantize_token_kernel, (cdiv(M, block_m),),
-                x, codes, scale, M, K, x.stride(0), TINY=TINY, BLOCK_M=block_m, HEAD=head, TAIL=tail, EVEN=is_even(K), VECTOR=neighbours(K),
-                num_warps=row_warps(K),
+                _quantize_token_kernel, (M // block_m,),
+                x, codes, scale, K, x.stride(0), TINY=TINY, BLOCK_M=block_m, TILES=tiles, WIDTH=width, EVEN=tiles * width == K,
+                num_warps=warps_of_program(block_m, width),
             )  # fmt: skip
         else:
             launch(_quantize_long_token_kernel, (M,), x, codes, scale, K, x.stride(0), TINY=TINY, BLOCK_K=BLOCK_K, num_warps=4)

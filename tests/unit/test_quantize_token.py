@@ -10,7 +10,8 @@ from stepquant.kernels import dispatch
 from stepquant.kernels.activation import QuantizedActivation
 from stepquant.kernels.quantize_token import quantize_token_ref
 
-SHAPES = [(1, 64), (77, 333), (64, 1280)]
+# Rows with warps of their own and rows that share one, some not a multiple of a tile
+SHAPES = [(1, 64), (77, 333), (64, 1280), (24, 640), (6, 77)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
