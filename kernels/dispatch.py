@@ -25,13 +25,13 @@ from .static_scale import StaticScale
 
 __all__ = [
     "FP8", "OPERATIONS", "WIDE", "Backend", "BackendChoice", "ChannelGroups", "DynamicScale", "Int4LinearWeight", "Kept", "LinearWeight",
-    "PhaseWeight", "QuantizedActivation", "Repeated", "StaticScale", "WideActivation", "border_sums", "call", "channel_group_conv2d",
-    "channel_group_gemm", "channel_groups", "choose_backend", "choose_fp8_backend", "compile_ahead", "expanded_codes", "expands_int4",
-    "forget_choices", "fp8_conv2d", "fp8_geglu_gemm", "fp8_gemm", "fp8_gemm_many", "geglu_quantize", "group_norm_silu",
-    "group_norm_silu_quantize", "grouped_border_sums", "int4_expand", "int4_geglu_gemm", "int4_gemm", "int4_gemm_many", "int8_attention",
-    "int8_conv2d", "int8_geglu_gemm", "int8_gemm", "int8_gemm_many", "int8_upsample_conv2d", "layer_norm_quantize", "log2_attention",
-    "paired_scales", "phase_weight", "quantize_channel_group", "quantize_image", "quantize_joined", "quantize_static", "quantize_token",
-    "quantize_wide", "shifted_codes",
+    "PhaseWeight", "QuantizedActivation", "Repeated", "StaticScale", "WideActivation", "attention", "border_sums", "call",
+    "channel_group_conv2d", "channel_group_gemm", "channel_groups", "choose_backend", "choose_fp8_backend", "compile_ahead",
+    "expanded_codes", "expands_int4", "forget_choices", "fp8_conv2d", "fp8_geglu_gemm", "fp8_gemm", "fp8_gemm_many", "geglu_quantize",
+    "group_norm_silu", "group_norm_silu_quantize", "grouped_border_sums", "has_attention", "int4_expand", "int4_geglu_gemm", "int4_gemm",
+    "int4_gemm_many", "int8_attention", "int8_conv2d", "int8_geglu_gemm", "int8_gemm", "int8_gemm_many", "int8_upsample_conv2d",
+    "layer_norm_quantize", "log2_attention", "paired_scales", "phase_weight", "quantize_channel_group", "quantize_image", "quantize_joined",
+    "quantize_static", "quantize_token", "quantize_wide", "shifted_codes",
 ]  # fmt: skip
 
 OPERATIONS = tuple(REFERENCE)
@@ -294,6 +294,18 @@ def log2_attention(q: Tensor, k: Tensor, v: Tensor, bits: int, start: Tensor | N
 def int8_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of (B, h, T, d) with an int8 product of Q and K -> (B, h, Tq, d) in q's dtype; see int8_attention_ref."""
     return _implementation("int8_attention", q.device)(q, k, v)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, static: StaticScale | None = None) -> Tensor | QuantizedActivation:
+    """Attention of q (B, T, h * d) to k and v (B, S, h * d) -> (B, T, h * d), or codes (B * T, h * d); see attention_ref."""
+    return _implementation("attention", q.device)(q, k, v, heads, static)
+
+
+def has_attention(q: Tensor, k: Tensor, heads: int) -> bool:
+    """Whether `attention` is a kernel for these that is not slower than torch's own attention."""
+    if choose_backend(q.device).backend is not Backend.TRITON:
+        return False
+    return importlib.import_module(".triton_ops.attention", __package__).is_faster(q, k, heads)
 
 
 def fp8_gemm(

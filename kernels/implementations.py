@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .attention import attention_ref
 from .channel_group_conv2d import channel_group_conv2d_ref
 from .channel_group_dequantized import dequantized_channel_group_conv2d, dequantized_channel_group_gemm
 from .channel_group_gemm import channel_group_gemm_ref
@@ -68,6 +69,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "channel_group_conv2d": channel_group_conv2d_ref,
     "log2_attention": log2_attention_ref,
     "int8_attention": int8_attention_ref,
+    "attention": attention_ref,
     "fp8_gemm": fp8_gemm_ref,
     "fp8_gemm_many": fp8_gemm_many_ref,
     "fp8_geglu_gemm": fp8_geglu_gemm_ref,

@@ -43,7 +43,7 @@ def static_entry(table_ptr, zero_table_ptr, bucket_ptr, scale_ptr, zero_point_pt
     bucket = tl.load(bucket_ptr + entry, mask=inside, other=0)
     scale = tl.load(table_ptr + bucket, mask=inside, other=1.0)
     tl.store(scale_ptr + entry, scale, mask=first)
-    zero_point = tl.zeros_like(bucket).to(tl.int32)
+    zero_point = bucket.to(tl.int32) * 0  # tl.zeros_like has no layout in Gluon
     if HAS_ZERO_POINT:
         zero_point = tl.load(zero_table_ptr + bucket, mask=inside, other=0)
         tl.store(zero_point_ptr + entry, zero_point, mask=first)

@@ -1,4 +1,4 @@
-"""Compiles every kernel that writes codes from a norm or a gate, for GPUs that need not be there, and prints what came out.
+"""Compiles every kernel that writes codes from a norm, a gate or attention to the prompt, for any GPU, and prints what came out.
 
     python compile_producers.py [--sm 80,86,89,90,120] [--match EXPRESSION] [--json]
 
@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from stepquant.kernels.quantize_token import TINY
 from stepquant.kernels.triton_ops import (
+    attention,
     geglu_quantize,
     group_norm_silu_quantize,
     group_norm_statistics,
@@ -35,11 +36,14 @@ POINTERS = {
     "zero_point_ptr": "*i32", "table_ptr": "*fp32", "zero_table_ptr": "*i32", "bucket_ptr": "*i64", "moments_ptr": "*fp32",
     "first_ptr": "*fp16", "second_ptr": "*fp16", "affine_ptr": "*fp32", "absmax_ptr": "*fp32", "clipped_ptr": "*i32",
     "high_ptr": "*i8", "low_ptr": "*i8", "high_scale_ptr": "*fp32", "low_scale_ptr": "*fp32",
+    "q_ptr": "*fp16", "k_ptr": "*fp16", "v_ptr": "*fp16", "y_ptr": "*i8",
 }  # fmt: skip
 # What SDXL's shapes make multiples of 16, which Triton then knows.
 MULTIPLES_OF_16 = ("M", "N", "K", "C", "P", "C_total", "channel_offset", "seam", "rows_per_scale", "stride_xm", "stride_xb", "stride_xp",
                    "stride_cm", "stride_moment", "stride_affine", "pixels_per_slice", "clipped_rows",
-                   "stride_first_b", "stride_first_p", "stride_second_b", "stride_second_p")  # fmt: skip
+                   "stride_first_b", "stride_first_p", "stride_second_b", "stride_second_p",
+                   "stride_qb", "stride_qt", "stride_kb", "stride_ks")  # fmt: skip
+FLOATS = ("eps", "factor")
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,12 @@ def joined_case(label: str, first: int, second: int) -> Case:
     parts = zip(("FIRST_HEAD", "FIRST_TAIL", "SECOND_HEAD", "SECOND_TAIL"), (*split_row(first), *split_row(second)), strict=True)
     constants = dict(parts) | {"TINY": TINY, "EVEN": True, "VECTOR": quantize_joined.vector_of(first, second)}
     return Case(f"{label} {first}+{second}", quantize_joined._joined_token_kernel, constants, row_warps(first + second))
+
+
+def attention_case(label: str, keys: int, **constants: Any) -> Case:
+    kernel, sizes = attention._kernel_for(keys, limits_registers=False)
+    constants |= sizes | {"D": 64, "BLOCK_M": attention.BLOCK_M}
+    return Case(f"{label} {keys}", kernel, constants, attention.NUM_WARPS)
 
 
 def cases() -> list[Case]:
@@ -101,13 +111,18 @@ def cases() -> list[Case]:
         Case("wide rows", quantize_wide._wide_rows_kernel, {"TINY": TINY, "BLOCK_K": quantize_wide.BLOCK_K}, 4),
         Case("wide image", quantize_wide._wide_pixels_kernel, wide | image | {"affine_ptr": None, "SILU": False}, quantize_wide.NUM_WARPS),
         Case("wide group norm silu", quantize_wide._wide_pixels_kernel, wide | image | {"SILU": True}, quantize_wide.NUM_WARPS),
+        attention_case("attention", 77, **(token | {"EVEN_T": True})),
+        attention_case("attention static", 77, **static, EVEN_T=True),
+        attention_case("attention static, uneven", 160, **static, EVEN_T=False),
+        attention_case("attention", 1024, **(token | {"EVEN_T": True})),
+        attention_case("attention static", 1024, **static, EVEN_T=True),
         row_case("group norm token", norm._normalize_quantize_token_kernel, 1280, SILU=False, EVEN=True),
     ]
 
 
 def compile_case(case: Case, sm: int) -> dict[str, Any]:
     names, constants = case.function.arg_names, case.constants
-    types = {name: POINTERS.get(name, "fp32" if name == "eps" else "i32") for name in names}
+    types = {name: POINTERS.get(name, "fp32" if name in FLOATS else "i32") for name in names}
     aligned = [name for name in names if name not in constants and (name in POINTERS or name in MULTIPLES_OF_16)]
     source = ASTSource(
         case.function,
