@@ -11,7 +11,7 @@ from torch.nn import functional
 from ..kernels import dispatch
 from ..kernels.dispatch import Kept, Repeated, StaticScale
 from .compute import LayerTensors
-from .fused import NormTensors, added_product, feed_forward, normed_products, written_out
+from .fused import NormTensors, added_product, feed_forward, normed_products, product, written_out
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,27 @@ class TransformerTensors:
 def transformer_block(x: Tensor, k: Tensor, v: Tensor, block: TransformerTensors) -> Tensor:
     """Self-attention, attention to the prompt, feed-forward, each added to x (B, T, C) -> (B, T, C). k, v: (B, S, C), the prompt's.
 
-    Attention is torch's, by the algorithm that it chooses under the order in force.
+    Attention is torch's, by the algorithm that it chooses under the order in force, where there is no faster kernel for it.
     """
     *own, own_output, query, cross_output = block.square_layers(x)
-    y = _attention(*normed_products(x, block.own.norm, block.own.static, own), block.heads)
-    x = added_product(y, block.own_output.static, own_output, x)
-    y = _attention(*normed_products(x, block.query.norm, block.query.static, [query]), k, v, block.heads)
-    x = added_product(y, block.cross_output.static, cross_output, x)
+    x = _attended(*normed_products(x, block.own.norm, block.own.static, own), block.heads, block.own_output, own_output, x)
+    (q,) = normed_products(x, block.query.norm, block.query.static, [query])
+    x = _attended(q, k, v, block.heads, block.cross_output, cross_output, x)
     last = block.feed_forward
     return feed_forward(x, last.norm, last.statics, last.projection, last.second, x)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+def _attended(q: Tensor, k: Tensor, v: Tensor, heads: int, output: Added, layer: LayerTensors, residual: Tensor) -> Tensor:
+    """Attention of q (B, T, C) to k and v (B, S, C), and the Linear that reads it, added to residual (B, T, C) -> (B, T, C)."""
+    if not dispatch.has_attention(q, k, heads):
+        return added_product(_by_torch(q, k, v, heads), output.static, layer, residual)
+    if output.static is None:
+        return added_product(dispatch.attention(q, k, v, heads), None, layer, residual)
+    addend = residual.reshape(-1, residual.shape[-1]).contiguous()
+    return product(dispatch.attention(q, k, v, heads, output.static), layer, q.dtype, addend).view(residual.shape)
+
+
+def _by_torch(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """(B, T, C), and (B, S, C) twice -> (B, T, C)."""
     B, T, C = q.shape
     q, k, v = (tensor.view(B, -1, heads, C // heads).transpose(1, 2) for tensor in (q, k, v))

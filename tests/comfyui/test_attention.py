@@ -6,11 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from comfy.ldm.modules import attention
 from comfy.ldm.modules.attention import optimized_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from stepquant.hosts.attention import attend
 from stepquant.hosts.comfy.attention import OVERRIDE, AttentionOverride, layer_name, set_attention
+from stepquant.hosts.comfy.blocks import attention as block_attention
+from stepquant.kernels import dispatch
+from stepquant.kernels.attention import attention_ref
 from stepquant.quant.log2_attention import AttentionMode, AttentionScheme
 from stepquant.quant.sqnr import sqnr_db
 
@@ -45,6 +49,20 @@ def test_override_gives_the_named_layer_its_scheme_and_leaves_the_others(layer, 
     assert torch.equal(here, expected)
     elsewhere = optimized_attention(*inputs(tokens), HEADS, transformer_options=options | {"block_index": 0})
     assert sqnr_db(exact(*inputs(tokens)), elsewhere) > 100
+
+
+def test_fused_blocks_use_a_faster_kernel_unless_somebody_overrides_attention(monkeypatch):
+    """Where ComfyUI would call PyTorch's attention; another pack's is still called. Without a GPU there is no kernel: its formula."""
+    monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)
+    monkeypatch.setattr(dispatch, "has_attention", lambda *operands: True)
+    q, k, v = inputs(77)
+    used = []
+    monkeypatch.setattr(dispatch, "attention", lambda *operands: used.append(operands) or attention_ref(*operands))
+    found = block_attention.attend(q, k, v, HEADS, None, {}, False)
+    assert len(used) == 1
+    assert sqnr_db(exact(q, k, v), found) > 100
+    overridden = block_attention.attend(q, k, v, HEADS, None, {OVERRIDE: lambda function, *rest, **named: q + 1}, False)
+    assert torch.equal(overridden, q + 1) and len(used) == 1
 
 
 def test_override_in_the_fast_mode_is_near_the_float_one():
