@@ -11,7 +11,7 @@ from ..errors import FormatError
 BOXES = {64: (8, 8), 128: (8, 16), 256: (16, 16)}
 # A convolution computes at most this many times its output pixels in boxes, else pixels are taken in order.
 MAX_BOX_WASTE = 1.15
-TRITON, SCALED_MM, EXPANDED = BACKENDS = "triton", "scaled_mm", "expanded"
+TRITON, SCALED_MM, EXPANDED, GLUON = BACKENDS = "triton", "scaled_mm", "expanded", "gluon"
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,15 @@ class Design:
     """One way to carry out a product.
 
     BLOCK_M, BLOCK_N, BLOCK_K: output tile and step along K; BLOCK_K 64 divides every channel count of SDXL.
+    rest_n: columns of the same tile beyond BLOCK_N, as a second block of sums; tma only. Triton's blocks are powers of two, but
+        128 + 32 columns cut SDXL's 1280, 640 and 320 without waste, and (2048, 1280) into 128 tiles for 132 multiprocessors.
     num_warps, num_stages: Triton's launch shape and pipeline depth.
     group_m: this many rows of tiles run together, so that their weight tiles are still in L2.
     tma: operands come through tensor descriptors (sm_90 and newer). split_k: programs per tile, each a part of K.
     persistent: as many programs as multiprocessors, each takes tile after tile.
     backend: "triton", or "scaled_mm" for torch._scaled_mm (fp8 GEMM only), or "expanded" (4-bit weights only): their int8 codes are
-        written out first, and the product is int8_gemm's, by its own table. With either the sizes are meaningless.
+        written out first, and the product is int8_gemm's, by its own table. With either the sizes are meaningless. "gluon": the
+        kernels of gluon_ops, where they serve the operands; else Triton's with the same sizes but for the rest.
     Raises: FormatError if the parts contradict each other.
     """
 
@@ -38,9 +41,10 @@ class Design:
     split_k: int = 1
     persistent: bool = False
     backend: str = TRITON
+    rest_n: int = 0
 
     def __post_init__(self) -> None:
-        sizes = (self.BLOCK_M, self.BLOCK_N, self.BLOCK_K, self.num_warps)
+        sizes = (self.BLOCK_M, self.BLOCK_N, self.BLOCK_K, self.num_warps, self.rest_n or 1)
         powers = all(isinstance(size, int) and size > 0 and size & (size - 1) == 0 for size in sizes)
         counts = all(isinstance(count, int) and count > 0 for count in (self.num_stages, self.group_m, self.split_k))
         if not powers or not counts or self.backend not in BACKENDS or (self.persistent and self.split_k > 1):
@@ -50,20 +54,27 @@ class Design:
             )
 
     @property
+    def columns(self) -> int:
+        """Output columns of a tile."""
+        return self.BLOCK_N + self.rest_n
+
+    @property
     def sums_per_thread(self) -> int:
         """Registers that a tile's sums take."""
-        return self.BLOCK_M * self.BLOCK_N // (32 * self.num_warps)
+        return self.BLOCK_M * self.columns // (32 * self.num_warps)
 
     @property
     def label(self) -> str:
         """A short name, unique: "128x256x128 w8 s3 tma"."""
-        if self.backend != TRITON:
+        if self.backend not in (TRITON, GLUON):
             return self.backend
-        parts = [f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K} w{self.num_warps} s{self.num_stages}"]
+        columns = f"{self.BLOCK_N}+{self.rest_n}" if self.rest_n else self.BLOCK_N
+        parts = [f"{self.BLOCK_M}x{columns}x{self.BLOCK_K} w{self.num_warps} s{self.num_stages}"]
         parts += [f"g{self.group_m}"] if self.group_m != 8 else []
         parts += ["tma"] if self.tma else []
         parts += [f"split{self.split_k}"] if self.split_k > 1 else []
         parts += ["persistent"] if self.persistent else []
+        parts += ["gluon"] if self.backend == GLUON else []
         return " ".join(parts)
 
 

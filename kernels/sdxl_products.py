@@ -67,8 +67,10 @@ def _downsample(side: int, C: int) -> SdxlProduct:
     return SdxlProduct("downsample", "conv3x3_stride2", BATCH * side * side // 4, C, (C,), 1, side=side)
 
 
-def _upsample(side: int, C: int) -> SdxlProduct:
-    return SdxlProduct("upsample", "upsample2x", BATCH * side * side, C, (C,), 1, side=side)
+def _upsample(side: int, C: int) -> Iterator[SdxlProduct]:
+    """As hosts run it, on the doubled image, and as four phases, whose summed weights would be rounded a second time."""
+    yield SdxlProduct("upsample", "conv3x3", BATCH * 4 * side * side, C, (C,), 1, side=2 * side)
+    yield SdxlProduct("upsample by phases", "upsample2x", BATCH * side * side, C, (C,), 1, side=side, variant=True)
 
 
 def _joined_or_not(*products: SdxlProduct) -> Iterator[SdxlProduct]:
@@ -96,5 +98,5 @@ PRODUCTS: tuple[SdxlProduct, ...] = (
         _conv(32, 1280, (1280, 1280), 2), _conv(32, 1280, (1280, 640), 1), _conv(64, 640, (1280, 640), 1), _conv(64, 640, (640, 640), 1),
         _conv(64, 640, (640, 320), 1), _conv(128, 320, (640, 320), 1), _conv(128, 320, (320, 320), 2),
     ),
-    _downsample(128, 320), _downsample(64, 640), _upsample(32, 1280), _upsample(64, 640),
+    _downsample(128, 320), _downsample(64, 640), *_upsample(32, 1280), *_upsample(64, 640),
 )  # fmt: skip

@@ -104,12 +104,17 @@ def conv_from_pointers(
 
 @triton.jit
 def conv_from_descriptors(
-    codes, qweight, image, h, w, first_n, C, w_offset, stride_tap, first, last,
-    KERNEL: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    codes, qweight, rest_weight, image, h, w, first_n, C, w_offset, stride_tap, first, last,
+    KERNEL: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """As conv_from_pointers for stride 1: each tap is the same box of pixels, shifted; outside the image zeros are read."""
+    """As conv_from_pointers for stride 1: each tap is the same box of pixels, shifted; outside the image zeros are read.
+
+    Returns: a tuple of (BLOCK_M, BLOCK_N) sums and, if there are any, those of the next REST_N columns, by rest_weight.
+    """
     steps = tl.cdiv(C, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    if REST_N:
+        rest = tl.zeros((BLOCK_M, REST_N), ACC)
     for step in tl.range(first, last):
         tap = step // steps
         c = (step - tap * steps) * BLOCK_K
@@ -117,4 +122,10 @@ def conv_from_descriptors(
         a = codes.load([image, h + tap_h, w + (tap - tap_h * KERNEL), c]).reshape(BLOCK_M, BLOCK_K)
         b = qweight.load([first_n, w_offset + tap * stride_tap + c])
         acc = tl.dot(a, b.T, acc, out_dtype=ACC)
-    return acc
+        if REST_N:
+            b_rest = rest_weight.load([first_n + BLOCK_N, w_offset + tap * stride_tap + c])
+            rest = tl.dot(a, b_rest.T, rest, out_dtype=ACC)
+    sums = (acc,)
+    if REST_N:
+        sums = (acc, rest)
+    return sums

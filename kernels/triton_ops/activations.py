@@ -53,5 +53,4 @@ def gelu_erf(x):
     tail = tail * a - 4.60073917e-01
     tail = tail * a - 1.15076331
     phi = tl.exp2(tail * a - 1.0)
-    # NaN fails the comparison and comes back as itself.
-    return tl.where(x < 0.0, 0.0, x) - a * phi
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - a * phi

@@ -39,11 +39,13 @@ def _tile_pixels(tile_m, M, Ho, Wo, boxes_h, boxes_w, BOX_H: tl.constexpr, BOX_W
 
 @triton.jit
 def _sums(
-    codes, qweight, image, h, w, corner_h, corner_w, first_n, columns, inside_m, inside_n, H, W, N, C, C_all, w_offset, phase, split,
+    codes, qweight, rest_weight, image, h, w, corner_h, corner_w, first_n, columns, inside_m, inside_n, H, W, N, C, C_all, w_offset,
+    phase, split,
     KERNEL: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr, EVEN_C: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sums of one segment of channels over all taps, or of this program's part of them: (BLOCK_M, BLOCK_N) ACC."""
+    """Sums of one segment of channels over all taps, or of this program's part of them: a tuple of (BLOCK_M, BLOCK_N) ACC and, if
+    REST_N, those of the next columns."""
     first = 0
     last = KERNEL * KERNEL * tl.cdiv(C, BLOCK_K)
     if SPLIT_K > 1:
@@ -51,9 +53,9 @@ def _sums(
         first = split * part
         last = tl.minimum(last, first + part)
     if TMA:
-        acc = conv_from_descriptors(
-            codes, qweight, tl.min(image, axis=0).to(tl.int32), corner_h, corner_w, phase * N + first_n, C, w_offset, C_all, first, last,
-            KERNEL, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
+        sums = conv_from_descriptors(
+            codes, qweight, rest_weight, tl.min(image, axis=0).to(tl.int32), corner_h, corner_w, phase * N + first_n, C, w_offset, C_all,
+            first, last, KERNEL, ACC, BLOCK_M, BLOCK_N, REST_N, BLOCK_K,
         )  # fmt: skip
     else:
         w_ptr = qweight + w_offset + (phase * N + columns)[None, :].to(tl.int64) * (KERNEL * KERNEL * C_all)
@@ -61,7 +63,8 @@ def _sums(
             codes, w_ptr, (image * H + h) * W + w, h, w, inside_m, inside_n, W, H, C, C_all, first, last,
             KERNEL, ACC, EVEN_C, UNROLL, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-    return acc
+        sums = (acc,)
+    return sums
 
 
 @triton.jit
@@ -108,13 +111,13 @@ def _finish(
 
 @triton.jit
 def _conv2d_tile(
-    tile, tiles_m, tiles_n, codes, codes_2, qweight, y_ptr,
+    tile, tiles_m, tiles_n, codes, codes_2, qweight, rest_weight, y_ptr,
     scale_ptr, zero_point_ptr, scale_2_ptr, zero_point_2_ptr, weight_scale_ptr, border_sums_ptr,
     bias_ptr, has_bias, addend_ptr, out_scale_ptr, out_zero_point_ptr, partial_ptr, counter_ptr,
     M, N, C, C_2, H, W, Ho, Wo, boxes_h, boxes_w, images_per_scale, images_per_scale_2, rows_per_addend, rows_per_out_scale,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, PHASES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     TMA: tl.constexpr, ACC: tl.constexpr, EVEN_C: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr, PARTS: tl.constexpr,
-    GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     C_all = C
     if codes_2 is not None:
@@ -133,14 +136,14 @@ def _conv2d_tile(
     corner_w = first_w - pad_w
     h = ho * STRIDE - pad_h
     w = wo * STRIDE - pad_w
-    first_n = tile_n * BLOCK_N
+    first_n = tile_n * (BLOCK_N + REST_N)
     local_n = tl.arange(0, BLOCK_N)
     columns = first_n + local_n
     inside_n = columns < N
 
-    acc = _sums(
-        codes, qweight, image, h, w, corner_h, corner_w, first_n, columns, inside_m, inside_n, H, W, N, C, C_all, 0, phase, split,
-        KERNEL, TMA, ACC, EVEN_C, UNROLL, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K,
+    sums = _sums(
+        codes, qweight, rest_weight, image, h, w, corner_h, corner_w, first_n, columns, inside_m, inside_n, H, W, N, C, C_all, 0,
+        phase, split, KERNEL, TMA, ACC, EVEN_C, UNROLL, SPLIT_K, BLOCK_M, BLOCK_N, REST_N, BLOCK_K,
     )  # fmt: skip
     # Relative to the first image's first pixel: a tile stays within 2^31 elements of it.
     first_image = tl.min(image, axis=0)
@@ -151,25 +154,23 @@ def _conv2d_tile(
     first_row = first_image * (Ho * Wo * PHASES)
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     if SPLIT_K > 1:
-        if is_last_to_arrive(acc, partial_ptr, counter_ptr, tile, tiles, split, SPLIT_K, BLOCK_M, BLOCK_N):
+        if is_last_to_arrive(sums[0], partial_ptr, counter_ptr, tile, tiles, split, SPLIT_K, BLOCK_M, BLOCK_N):
             for part in tl.static_range(PARTS):
-                sums = total(partial_ptr, tile, tiles, part * WIDTH, ACC, SPLIT_K, BLOCK_M, BLOCK_N, WIDTH)
+                part_sums = total(partial_ptr, tile, tiles, part * WIDTH, ACC, SPLIT_K, BLOCK_M, BLOCK_N, WIDTH)
                 _finish(
-                    sums, None, image, h, w, first_row, y_rows, inside_m, first_n + part * WIDTH, phase, H, W, N, y_ptr,
+                    part_sums, None, image, h, w, first_row, y_rows, inside_m, first_n + part * WIDTH, phase, H, W, N, y_ptr,
                     scale_ptr, zero_point_ptr, None, None, weight_scale_ptr, border_sums_ptr, bias_ptr, has_bias, addend_ptr,
                     out_scale_ptr, out_zero_point_ptr, images_per_scale, 1, rows_per_addend, rows_per_out_scale, KERNEL, WIDTH,
                 )  # fmt: skip
     else:
-        acc_2 = None
-        if codes_2 is not None:
-            acc_2 = _sums(
-                codes_2, qweight, image, h, w, corner_h, corner_w, first_n, columns, inside_m, inside_n, H, W, N, C_2, C_all, C,
-                phase, 0, KERNEL, TMA, ACC, EVEN_C, UNROLL, 1, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-        parts = in_parts(acc, PARTS, BLOCK_M, BLOCK_N)
+        parts = in_parts(sums[0], PARTS, BLOCK_M, BLOCK_N)
         parts_2 = parts
         if codes_2 is not None:
-            parts_2 = in_parts(acc_2, PARTS, BLOCK_M, BLOCK_N)
+            sums_2 = _sums(
+                codes_2, qweight, None, image, h, w, corner_h, corner_w, first_n, columns, inside_m, inside_n, H, W, N, C_2, C_all, C,
+                phase, 0, KERNEL, TMA, ACC, EVEN_C, UNROLL, 1, BLOCK_M, BLOCK_N, 0, BLOCK_K,
+            )  # fmt: skip
+            parts_2 = in_parts(sums_2[0], PARTS, BLOCK_M, BLOCK_N)
         for part in tl.static_range(PARTS):
             _finish(
                 parts[part], parts_2[part] if codes_2 is not None else None, image, h, w, first_row, y_rows, inside_m,
@@ -177,40 +178,51 @@ def _conv2d_tile(
                 scale_ptr, zero_point_ptr, scale_2_ptr, zero_point_2_ptr, weight_scale_ptr, border_sums_ptr, bias_ptr, has_bias, addend_ptr,
                 out_scale_ptr, out_zero_point_ptr, images_per_scale, images_per_scale_2, rows_per_addend, rows_per_out_scale, KERNEL, WIDTH,
             )  # fmt: skip
+        if REST_N:
+            _finish(
+                sums[1], None, image, h, w, first_row, y_rows, inside_m, first_n + BLOCK_N, phase, H, W, N, y_ptr,
+                scale_ptr, zero_point_ptr, None, None, weight_scale_ptr, border_sums_ptr, bias_ptr, has_bias, addend_ptr,
+                out_scale_ptr, out_zero_point_ptr, images_per_scale, 1, rows_per_addend, rows_per_out_scale, KERNEL, REST_N,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUNTIME_ONLY)
 def _conv2d_kernel(
-    codes, codes_2, qweight, y_ptr,
+    codes, codes_2, qweight, rest_weight, y_ptr,
     scale_ptr, zero_point_ptr, scale_2_ptr, zero_point_2_ptr, weight_scale_ptr, border_sums_ptr,
     bias_ptr, has_bias, addend_ptr, out_scale_ptr, out_zero_point_ptr, partial_ptr, counter_ptr,
     M, N, C, C_2, H, W, Ho, Wo, boxes_h, boxes_w, images_per_scale, images_per_scale_2, rows_per_addend, rows_per_out_scale,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, PHASES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     TMA: tl.constexpr, ACC: tl.constexpr, EVEN_C: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr, PARTS: tl.constexpr,
-    PERSISTENT: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PERSISTENT: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """codes, codes_2 and qweight are pointers, or descriptors if TMA; codes_2 is None unless the channels have a second segment.
+    rest_weight: qweight's descriptor for REST_N columns, which a tile has beyond BLOCK_N; None if REST_N is 0, as it is but for TMA with
+    one segment and without SPLIT_K.
 
     M counts Ho * Wo pixels of all images, of each phase. PHASES 4 is the upsampler: phase 2 * p + q makes the output
     pixels (2 h + p, 2 w + q) from a 2x2 kernel that starts at (h + p - 1, w + q - 1); Ho and Wo are then the input's sides.
     """
     tiles_m = boxes_h * boxes_w * (M // (Ho * Wo)) if TMA else tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_n = tl.cdiv(N, BLOCK_N + REST_N)
     # Without the loop where it is not needed: it costs 50 to 80 registers.
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), PHASES * tiles_m * tiles_n, tl.num_programs(0), flatten=True):
             _conv2d_tile(
-                tile, tiles_m, tiles_n, codes, codes_2, qweight, y_ptr,
+                tile, tiles_m, tiles_n, codes, codes_2, qweight, rest_weight, y_ptr,
                 scale_ptr, zero_point_ptr, scale_2_ptr, zero_point_2_ptr, weight_scale_ptr, border_sums_ptr,
                 bias_ptr, has_bias, addend_ptr, out_scale_ptr, out_zero_point_ptr, partial_ptr, counter_ptr,
                 M, N, C, C_2, H, W, Ho, Wo, boxes_h, boxes_w, images_per_scale, images_per_scale_2, rows_per_addend, rows_per_out_scale,
-                KERNEL, STRIDE, PADDING, PHASES, BOX_H, BOX_W, TMA, ACC, EVEN_C, UNROLL, SPLIT_K, PARTS, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K,
+                KERNEL, STRIDE, PADDING, PHASES, BOX_H, BOX_W, TMA, ACC, EVEN_C, UNROLL, SPLIT_K, PARTS, GROUP_M,
+                BLOCK_M, BLOCK_N, REST_N, BLOCK_K,
             )  # fmt: skip
     else:
         _conv2d_tile(
-            tl.program_id(0), tiles_m, tiles_n, codes, codes_2, qweight, y_ptr,
+            tl.program_id(0), tiles_m, tiles_n, codes, codes_2, qweight, rest_weight, y_ptr,
             scale_ptr, zero_point_ptr, scale_2_ptr, zero_point_2_ptr, weight_scale_ptr, border_sums_ptr,
             bias_ptr, has_bias, addend_ptr, out_scale_ptr, out_zero_point_ptr, partial_ptr, counter_ptr,
             M, N, C, C_2, H, W, Ho, Wo, boxes_h, boxes_w, images_per_scale, images_per_scale_2, rows_per_addend, rows_per_out_scale,
-            KERNEL, STRIDE, PADDING, PHASES, BOX_H, BOX_W, TMA, ACC, EVEN_C, UNROLL, SPLIT_K, PARTS, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K,
+            KERNEL, STRIDE, PADDING, PHASES, BOX_H, BOX_W, TMA, ACC, EVEN_C, UNROLL, SPLIT_K, PARTS, GROUP_M,
+            BLOCK_M, BLOCK_N, REST_N, BLOCK_K,
         )  # fmt: skip

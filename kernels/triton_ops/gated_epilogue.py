@@ -52,6 +52,17 @@ def _int8_codes(y, inverse, zero_points, HAS_ZERO_POINT: tl.constexpr):
 
 
 @triton.jit
+def gated_codes(y, inverse, zero_points, HAS_ZERO_POINT: tl.constexpr, CODES: tl.constexpr):
+    """Codes of type CODES, and where they were clamped."""
+    if tl.int8 == CODES:
+        codes, is_beyond = _int8_codes(y, inverse, zero_points, HAS_ZERO_POINT)
+    else:
+        is_beyond = beyond_codes(y, inverse, zero_points, HAS_ZERO_POINT)
+        codes = encode(y, inverse, zero_points, HAS_ZERO_POINT, CODES)
+    return codes, is_beyond
+
+
+@triton.jit
 def store_gated(
     acc, y_ptr, tile_m, tile_n, first_m, first_n, scale_ptr, zero_point_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, has_bias,
     table_ptr, zero_table_ptr, bucket_ptr, out_scale_ptr, out_zero_point_ptr, clipped_ptr, M, N, rows_per_scale, rows_per_entry,
@@ -93,11 +104,7 @@ def store_gated(
         )  # fmt: skip
         inside = inside_m[:, None] & (local_n < N - part_n)[None, :]
         if table_ptr is not None:
-            if y_ptr.dtype.element_ty == tl.int8:
-                y, is_beyond = _int8_codes(y, inverse, zero_points, HAS_ZERO_POINT)
-            else:
-                is_beyond = beyond_codes(y, inverse, zero_points, HAS_ZERO_POINT)
-                y = encode(y, inverse, zero_points, HAS_ZERO_POINT, y_ptr.dtype.element_ty)
+            y, is_beyond = gated_codes(y, inverse, zero_points, HAS_ZERO_POINT, y_ptr.dtype.element_ty)
             if clipped_ptr is not None:
                 beyond += is_beyond.to(tl.int32)
         tl.store(y_ptr + (first_m * N + part_n) + local_m[:, None] * N + local_n[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)

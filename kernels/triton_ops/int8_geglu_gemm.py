@@ -12,14 +12,15 @@ from torch import Tensor
 from ..activation import QuantizedActivation
 from ..design import Design, default_gemm_design
 from ..int8_geglu_gemm import OPERATION, check_geglu_gemm
+from ..int8_gemm_many import LinearWeight
 from ..repeat import empty, launch
 from ..static_scale import StaticScale
 from ..tables import Product, tuned_design
 from .accumulate import gemm_from_pointers, tile_position
 from .gated_epilogue import store_gated
-from .int8_gemm import DTYPE_NAME, design_constants, divides_k, fitting, k_contiguous, optional_bias
-from .launch import cdiv, compute_capability, describe, on_device
-from .scale_entries import scale_entries
+from .int8_gemm import DTYPE_NAME, design_constants, divides_k, fitting, k_contiguous, optional_bias, serves_gluon
+from .launch import cdiv, compute_capability, describe, gluon, on_device
+from .scale_entries import ScaleEntries, scale_entries
 
 # Sizes whose value or divisibility must not make another compiled kernel: none of them is a stride.
 RUNTIME_ONLY = ["M", "has_bias", "rows_per_scale", "rows_per_entry"]
@@ -112,8 +113,14 @@ def launch_geglu_gemm(
     (M, K), N = codes.shape, halved.shape[1]
     sm = compute_capability(codes.device)
     dtype = codes.dtype
-    design = fitting(geglu_design(M, 2 * N, K, sm, dtype), (codes, None, halved), sm)
-    y = empty((M, N), out_dtype if static is None else stored, codes.device)
+    design = geglu_design(M, 2 * N, K, sm, dtype)
+    entries = None if static is None else scale_entries(OPERATION, static, M, M, M, codes.device)
+    y_dtype = out_dtype if static is None else stored
+    if serves_gluon(design, activation, [qweight], (out_dtype if static is None else None,), N * y_dtype.itemsize, sm):
+        layer = LinearWeight(qweight, weight_scale, weight_sum, bias)
+        return _result(gluon().multiply_gated(activation, layer, y_dtype, static, entries, design), entries)
+    design = fitting(design, (codes, None, halved), sm)
+    y = empty((M, N), y_dtype, codes.device)
     tiles = cdiv(M, design.BLOCK_M) * cdiv(N, design.BLOCK_N // 2)
     strides = (codes.stride(0), halved.stride(1))
     if design.tma:
@@ -121,7 +128,6 @@ def launch_geglu_gemm(
         halved = describe(halved, [2, design.BLOCK_N // 2, design.BLOCK_K])
     constants = design_constants(design, dtype, sm)
     del constants["SPLIT_K"], constants["PERSISTENT"]
-    entries = None if static is None else scale_entries(OPERATION, static, M, M, M, y.device)
     out = (None,) * 6
     if entries is not None:
         out = (static.scale, static.zero_point, static.bucket, entries.scale, entries.zero_point, static.clipped)
@@ -133,6 +139,10 @@ def launch_geglu_gemm(
             M, N, K, *strides, activation.rows_per_scale, 1 if entries is None else entries.rows_per_scale,
             EVEN_K=divides_k(design, K), **constants,
         )  # fmt: skip
+    return _result(y, entries)
+
+
+def _result(y: Tensor, entries: ScaleEntries | None) -> Tensor | QuantizedActivation:
     return y if entries is None else QuantizedActivation(y, entries.scale, entries.zero_point, entries.rows_per_scale)
 
 

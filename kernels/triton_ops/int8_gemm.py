@@ -10,13 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activation import QuantizedActivation
-from ..design import Design, default_gemm_design
+from ..design import GLUON, TRITON, Design, default_gemm_design
 from ..finish import Finish
 from ..int8_gemm import check_gemm
+from ..int8_gemm_many import LinearWeight
 from ..repeat import empty, launch
 from ..tables import Product, tuned_design
 from .gemm_kernel import _gemm_kernel
-from .launch import can_describe, cdiv, compute_capability, describe, multiprocessors, on_device, unroll_factor
+from .launch import can_describe, cdiv, compute_capability, describe, gluon, multiprocessors, on_device, unroll_factor
 from .split_k import workspace
 
 ACC = {torch.int8: tl.int32, torch.float8_e4m3fn: tl.float32}
@@ -28,6 +29,8 @@ MAX_SUMS_WITH_DESCRIPTORS = 32
 # Of 65536: two programs of 8 warps run on a multiprocessor at a time, one's epilogue under the other's products. Left alone,
 # the compiler takes up to 160 for what 128 hold, and halves the speed of ff2 on an H100.
 REGISTERS_OF_TWO_PROGRAMS = 128
+# Of a thread, as many as these registers hold beside all else: 128 x (128 + 32) in 8 warps, finished in quarters.
+MAX_SUMS_OF_TWO_PROGRAMS = 80
 PARTIAL_DTYPE = {torch.int8: torch.int32, torch.float8_e4m3fn: torch.float32}
 
 
@@ -74,7 +77,12 @@ def launch_gemm(
     qweight = k_contiguous(qweight)
     (M, K), N, K_2 = codes.shape, qweight.shape[0], 0 if second is None else codes_2.shape[1]
     sm = compute_capability(codes.device)
-    design = fitting(gemm_design(codes, codes_2, N, sm), (codes, codes_2, qweight), sm)
+    design = gemm_design(codes, codes_2, N, sm)
+    if second is None and finish.out_scale is None and finish.rows_per(finish.addend, M) == 1:
+        layer = LinearWeight(qweight, weight_scale, weight_sum, bias)
+        if serves_gluon(design, activation, [qweight], (out_dtype, finish.addend), N * out_dtype.itemsize, sm):
+            return gluon().multiply(activation, [layer], out_dtype, finish.addend, design)
+    design = fitting(design, (codes, codes_2, qweight), sm)
     y = empty((M, N), torch.int8 if finish.out_scale is not None else out_dtype, codes.device)
     tiles = cdiv(M, design.BLOCK_M) * cdiv(N, design.BLOCK_N)
     partial, counter = split_workspace(design, tiles, codes)
@@ -112,8 +120,23 @@ def k_contiguous(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
+def serves_gluon(
+    design: Design,
+    activation: QuantizedActivation,
+    qweights: list[Tensor],
+    results: tuple[Tensor | torch.dtype | None, ...],
+    row_bytes: int,
+    sm: int,
+) -> bool:
+    """Whether the table asks for Gluon's kernels, this Triton has them, and they take these operands, results and addends."""
+    asked = design.backend == GLUON and sm // 10 == 9 and gluon() is not None
+    return asked and gluon().serves(activation, qweights, results, row_bytes)
+
+
 def fitting(design: Design, operands: tuple[Tensor | None, ...], sm: int) -> Design:
-    """The design without what these operands cannot take: descriptors of unaligned ones, split-K of two segments."""
+    """The design without what these operands cannot take: descriptors of unaligned ones, split-K of two segments. Never Gluon's."""
+    if design.backend == GLUON:
+        design = replace(design, backend=TRITON, rest_n=0, tma=True)
     if design.tma and not all(operand is None or can_describe(operand, sm) for operand in operands):
         design = replace(design, tma=False)
     if design.split_k > 1 and operands[1] is not None:
@@ -151,7 +174,7 @@ def program_grid(design: Design, tiles: int, device: torch.device) -> tuple[int,
 
 def register_limit(design: Design, sm: int, segments: int) -> dict[str, int]:
     """Triton's option that keeps two programs on a Hopper multiprocessor, where their sums leave room for all else."""
-    fits = design.num_warps == 8 and design.sums_per_thread * segments <= MAX_SUMS_PER_THREAD
+    fits = design.num_warps == 8 and design.sums_per_thread * segments <= MAX_SUMS_OF_TWO_PROGRAMS
     return {"maxnreg": REGISTERS_OF_TWO_PROGRAMS} if sm // 10 == 9 and design.tma and fits and not design.persistent else {}
 
 

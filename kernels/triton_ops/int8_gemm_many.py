@@ -18,8 +18,8 @@ from ..repeat import empty, launch
 from .accumulate import add_from_descriptors, chosen, gemm_from_pointers, tile_position
 from .epilogue import in_parts
 from .gemm_kernel import finish_columns
-from .int8_gemm import design_constants, divides_k, fitting, gemm_design, k_contiguous, launch_gemm
-from .launch import cdiv, compute_capability, describe, on_device
+from .int8_gemm import design_constants, divides_k, fitting, gemm_design, k_contiguous, launch_gemm, serves_gluon
+from .launch import cdiv, compute_capability, describe, gluon, on_device
 
 # Sizes whose value or divisibility must not make another compiled kernel: none of them is a stride.
 RUNTIME_ONLY = ["M", "has_bias", "rows_per_scale"]
@@ -97,17 +97,14 @@ def launch_gemm_many(activation: QuantizedActivation, layers: list[LinearWeight]
     codes = k_contiguous(activation.codes)
     sm = compute_capability(codes.device)
     count, N = len(layers), qweights[0].shape[0]
-    design = _joint_design(codes, qweights, count * N, sm)
+    design = gemm_design(codes, None, count * N, sm)
+    if N % design.columns == 0 and serves_gluon(design, activation, qweights, (out_dtype,), N * out_dtype.itemsize, sm):
+        return list(gluon().multiply(activation, layers, out_dtype, None, design).split(N, 1))
+    design = fitting(replace(design, split_k=1, persistent=False), (codes, None, *qweights), sm)
     if N % design.BLOCK_N or len({qweight.stride(0) for qweight in qweights}) > 1:
         return [launch_gemm(activation, None, *layer, out_dtype, Finish()) for layer in layers]
     y = _launch(activation, codes, layers, qweights, design, out_dtype, sm)
     return list(y.split(N, 1))
-
-
-def _joint_design(codes: Tensor, qweights: list[Tensor], N: int, sm: int) -> Design:
-    """The design of the product of all weights at once, neither split nor persistent."""
-    design = replace(gemm_design(codes, None, N, sm), split_k=1, persistent=False)
-    return fitting(design, (codes, None, *qweights), sm)
 
 
 def _launch(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import logging
 import re
+from types import ModuleType
 
 import torch
 import triton
@@ -41,6 +44,18 @@ def unroll_factor(sm: int, version: str = triton.__version__) -> int:
     """
     major, minor = (int(part) for part in re.findall(r"\d+", version)[:2])
     return 2 if sm // 10 == 8 and (major, minor) >= REGRESSED_SINCE else 1
+
+
+@functools.cache
+def gluon(launcher: str = "launch") -> ModuleType | None:
+    """A module of gluon_ops; None, and a line in the log, with a Triton whose Gluon is another."""
+    try:
+        return importlib.import_module(f"..gluon_ops.{launcher}", __package__)
+    except (ImportError, AttributeError) as error:
+        logging.getLogger(__name__).warning(
+            "Triton %s: its Gluon is another (%s); Triton's own kernels are used.", triton.__version__, error
+        )
+        return None
 
 
 def cdiv(a: int, b: int) -> int:

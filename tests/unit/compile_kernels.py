@@ -22,8 +22,12 @@ import triton
 from kernel_launches import Launch, launches, quantizer_launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from stepquant.kernels.backend import FP8_MIN_SM
+from stepquant.kernels.gluon_ops import conv_kernel as gluon_conv
+from stepquant.kernels.gluon_ops import geglu_kernel as gluon_geglu
+from stepquant.kernels.gluon_ops import gemm_kernel as gluon_gemm
 from stepquant.kernels.sdxl_products import PRODUCTS
 from stepquant.kernels.triton_ops import (
     conv_kernel,
@@ -34,7 +38,9 @@ from stepquant.kernels.triton_ops import (
     quantize_token,
 )
 
-MODULES = (gemm_kernel, conv_kernel, int8_geglu_gemm, quantize_token, quantize_static, quantize_image)
+MODULES = (
+    gemm_kernel, conv_kernel, int8_geglu_gemm, quantize_token, quantize_static, quantize_image, gluon_gemm, gluon_geglu, gluon_conv,
+)  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 QUANTIZER = "fp16"  # in the place of a product's dtype
 # Shared memory that a program can have, in bytes.
@@ -46,7 +52,7 @@ MAX_SHUFFLES_PER_MMA = 0.5
 def compile_launch(launch: Launch, sm: int, dtype: str) -> dict[str, Any]:
     function = next(getattr(module, launch.kernel) for module in MODULES if hasattr(module, launch.kernel))
     names = function.arg_names
-    source = ASTSource(
+    source = (GluonASTSource if function.is_gluon() else ASTSource)(
         function,
         dict(launch.signature),
         {(names.index(name),): value for name, value in launch.constants},
@@ -58,7 +64,10 @@ def compile_launch(launch: Launch, sm: int, dtype: str) -> dict[str, Any]:
 
 
 def inspected(compiled: Any) -> dict[str, Any]:
-    """Registers, stack bytes, spill instructions, tensor core instructions, byte shuffles and shared memory of the machine code."""
+    """Registers, stack bytes, spill instructions, tensor core instructions, byte shuffles and shared memory of the machine code.
+
+    in_flight: products that Hopper's loop does not wait for in each step.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -74,6 +83,7 @@ def inspected(compiled: Any) -> dict[str, Any]:
         "prmt": count["PRMT"],
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s", code, re.MULTILINE)),
         "shared": compiled.metadata.shared,
+        "in_flight": max(map(int, re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", compiled.asm["ptx"])), default=0),
     }
 
 

@@ -13,9 +13,15 @@ from typing import Any
 from unittest import mock
 
 import torch
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stepquant.benchmarks.product_calls import call_arguments, launcher, only_int8
+from stepquant.kernels.gluon_ops import conv_kernel as gluon_conv
+from stepquant.kernels.gluon_ops import conv_launch
+from stepquant.kernels.gluon_ops import geglu_kernel as gluon_geglu
+from stepquant.kernels.gluon_ops import gemm_kernel as gluon_gemm
+from stepquant.kernels.gluon_ops import launch as gluon_launch
 from stepquant.kernels.sdxl_products import SdxlProduct
 from stepquant.kernels.triton_ops import (
     conv_kernel,
@@ -55,12 +61,19 @@ class Launch:
         if "ACC" not in c:
             return f"{kernel} {launch}"
         absent = {name for name, value in self.constants if value is None}
-        flags = {"tma": c["TMA"], "persistent": c.get("PERSISTENT"), "ragged": not c.get("EVEN_K", c.get("EVEN_C"))}
-        parts = [f"{kernel} {c['BLOCK_M']}x{c['BLOCK_N']}x{c['BLOCK_K']} {launch} s{o['num_stages']}"]
+        flags = {"tma": c.get("TMA"), "persistent": c.get("PERSISTENT"), "ragged": not c.get("EVEN_K", c.get("EVEN_C", True))}
+        columns = f"{c['BLOCK_N']}+{c['REST_N']}" if c.get("REST_N") else c["BLOCK_N"]
+        parts = [f"{kernel} {c['BLOCK_M']}x{columns}x{c['BLOCK_K']} {launch} s{o.get('num_stages', c.get('STAGES'))}"]
         parts += [name for name, flag in flags.items() if flag]
         parts += [f"split{c['SPLIT_K']}"] if c.get("SPLIT_K", 1) > 1 else []
-        parts += [f"{c['KERNEL']}x{c['KERNEL']}/{c['STRIDE']}"] if "KERNEL" in c else []
-        names = {"codes_2": "concat", "zero_point_ptr": "zero_point", "addend_ptr": "addend", "out_scale_ptr": "codes"}
+        parts += [f"{c['KERNEL']}x{c['KERNEL']}/{c.get('STRIDE', 1)}"] if "KERNEL" in c else []
+        names = {
+            "codes_2": "concat",
+            "zero_point_ptr": "zero_point",
+            "addend_ptr": "addend",
+            "residual": "residual",
+            "out_scale_ptr": "codes",
+        }
         arguments = dict(self.signature)
         return " ".join(parts + [text for name, text in names.items() if name in arguments and name not in absent])
 
@@ -87,9 +100,10 @@ def specialise(function: Any, runtime_only: list[str], arguments: tuple[Any, ...
         if isinstance(value, torch.Tensor):
             signature.append((name, POINTER_NAMES[value.dtype]))
             aligned.append(name)  # torch's allocator aligns to 512 bytes, and no launcher passes a view into a tensor
-        elif isinstance(value, TensorDescriptor):
+        elif isinstance(value, TensorDescriptor | GluonDescriptor):
             dtype = POINTER_NAMES[value.base.dtype].removeprefix("*")
-            signature.append((name, f"tensordesc<{dtype}[{', '.join(map(str, value.block_shape))}]>"))
+            layout = f",{value.layout!r}" if isinstance(value, GluonDescriptor) else ""
+            signature.append((name, f"tensordesc<{dtype}[{', '.join(map(str, value.block_shape))}]{layout}>"))
         elif value is None or (value == 1 and name not in runtime_only):
             signature.append((name, "constexpr"))
             fixed.append((name, value))
@@ -108,15 +122,21 @@ def recording(sm: int) -> Iterator[list[Recorder]]:
         Recorder(gemm_kernel._gemm_kernel, gemm_kernel.RUNTIME_ONLY),
         Recorder(conv_kernel._conv2d_kernel, conv_kernel.RUNTIME_ONLY),
         Recorder(int8_geglu_gemm._geglu_gemm_kernel, int8_geglu_gemm.RUNTIME_ONLY),
+        Recorder(gluon_gemm._gluon_gemm_kernel, gluon_gemm.RUNTIME_ONLY),
+        Recorder(gluon_geglu._gluon_geglu_kernel, gluon_geglu.RUNTIME_ONLY),
+        Recorder(gluon_conv._gluon_conv_kernel, gluon_conv.RUNTIME_ONLY),
     ]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(int8_gemm, "_gemm_kernel", recorders[0]))
         stack.enter_context(mock.patch.object(int8_conv2d, "_conv2d_kernel", recorders[1]))
         stack.enter_context(mock.patch.object(int8_geglu_gemm, "_geglu_gemm_kernel", recorders[2]))
+        stack.enter_context(mock.patch.object(gluon_launch, "_gluon_gemm_kernel", recorders[3]))
+        stack.enter_context(mock.patch.object(gluon_launch, "_gluon_geglu_kernel", recorders[4]))
+        stack.enter_context(mock.patch.object(conv_launch, "_gluon_conv_kernel", recorders[5]))
         stack.enter_context(
             mock.patch.object(quantize_token, "_quantize_token_kernel", Recorder(quantize_token._quantize_token_kernel, []))
         )
-        for module in (int8_gemm, int8_geglu_gemm, int8_conv2d, fp8_gemm, fp8_geglu_gemm):
+        for module in (int8_gemm, int8_geglu_gemm, int8_conv2d, fp8_gemm, fp8_geglu_gemm, gluon_launch):
             stack.enter_context(mock.patch.object(module, "compute_capability", lambda device: sm))
         yield recorders
 

@@ -103,6 +103,16 @@ def test_fp8_conv2d_kernel_matches_float64(design, generator, triton_device, sum
     assert relative_error(y, float64(layer)) <= sum_tolerance
 
 
+def test_fp8_conv2d_of_one_segment_matches_float64_with_a_rest_of_columns(generator, triton_device, sum_tolerance):
+    layer = conv_layer(generator) | {"second": None, "qweight": codes((104, 3, 3, 32), generator)}
+    layer |= {name: torch.randn(104, generator=generator) for name in ("weight_scale", "bias")} | {
+        "addend": torch.randn(2, 104, generator=generator)
+    }
+    with forced_design(Design(64, 64, 32, 4, 2, tma=True, rest_n=16)):
+        y = dispatch.fp8_conv2d(**{name: moved(value, triton_device) for name, value in layer.items()}, out_dtype=torch.float32)
+    assert relative_error(y, float64(layer)) <= sum_tolerance
+
+
 def test_fp8_products_have_a_dequantized_fallback(generator, monkeypatch):
     gemm, conv = gemm_layer(generator), conv_layer(generator)
     monkeypatch.setenv(backend.OVERRIDE, "dequantized")

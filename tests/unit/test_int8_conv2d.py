@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from stepquant.errors import LayoutError
 from stepquant.kernels import dispatch
 from stepquant.kernels.activation import QuantizedActivation
+from stepquant.kernels.design import Design
 from stepquant.kernels.int8_conv2d import border_sums, int8_conv2d_ref
+from stepquant.kernels.tables import forced_design
 
 # B, H, W, Cin, Cout
 SHAPES = [(1, 8, 8, 64, 64), (2, 5, 7, 20, 24), (2, 1, 4, 33, 8), (3, 6, 1, 16, 70), (1, 1, 1, 8, 8), (1, 9, 9, 130, 16)]
@@ -123,6 +127,46 @@ def test_int8_conv2d_sums_of_reference_and_kernel_equal_the_exact_ones_bit_for_b
     y = dispatch.int8_conv2d(**to_device(arguments, triton_device), stride=stride, out_dtype=torch.float32)
     assert torch.equal(y.cpu().double(), exact)
     assert torch.equal(int8_conv2d_ref(**arguments, stride=stride, out_dtype=torch.float32).double(), exact)
+
+
+# Tiles of 96 and 80 columns, of which the last one reaches beyond Cout, with its first block or only with its rest.
+WITH_REST = [Design(64, 64, 32, 4, 2, tma=True, rest_n=32), Design(128, 64, 32, 4, 2, group_m=1, tma=True, rest_n=16)]
+WITH_REST_SHAPES = [(2, 8, 15, 48, 200), (1, 8, 16, 32, 168), (3, 8, 8, 16, 8)]
+with_rest = pytest.mark.parametrize("design", [*WITH_REST, replace(WITH_REST[0], persistent=True)], ids=lambda design: design.label)
+
+
+@with_rest
+@pytest.mark.parametrize("shape", WITH_REST_SHAPES, ids=str)
+def test_int8_conv2d_sums_of_tiles_with_a_rest_equal_the_exact_ones_bit_for_bit(shape, design, generator, triton_device):
+    arguments = layer(shape, generator, asymmetric=False)
+    a = arguments["activation"]
+    narrow = QuantizedActivation(a.codes.clamp(-60, 60), torch.ones_like(a.scale), None, a.rows_per_scale)
+    arguments |= {"activation": narrow, "weight_scale": torch.ones(shape[4]), "bias": None}
+    with forced_design(design):
+        y = dispatch.int8_conv2d(**to_device(arguments, triton_device), out_dtype=torch.float32)
+    assert torch.equal(y.cpu().double(), expected_float64(arguments, 1))
+
+
+@with_rest
+@pytest.mark.parametrize("addend", ["per image", "per pixel"])
+def test_int8_conv2d_finishes_tiles_with_a_rest_as_the_reference_does(addend, design, generator, triton_device):
+    shape = WITH_REST_SHAPES[0]
+    B, H, W, _, Cout = shape
+    arguments = layer(shape, generator)
+    added = torch.randn((B, Cout) if addend == "per image" else (B, H, W, Cout), generator=generator)
+    arguments["addend"] = added if added.ndim == 2 else added.permute(0, 3, 1, 2)
+    with forced_design(design):
+        y = dispatch.int8_conv2d(**to_device(arguments, triton_device), out_dtype=torch.float32)
+    assert relative_error(y, int8_conv2d_ref(**arguments, out_dtype=torch.float32)) <= 1e-6
+
+
+@with_rest
+@pytest.mark.parametrize(("Cin", "stride"), [(32, 2), (20, 1)], ids=["stride 2", "unaligned channels"])
+def test_int8_conv2d_takes_a_design_with_a_rest_where_descriptors_cannot_serve(Cin, stride, design, generator, triton_device):
+    arguments = layer((1, 8, 16, Cin, 104), generator)
+    with forced_design(design):
+        y = dispatch.int8_conv2d(**to_device(arguments, triton_device), stride=stride, out_dtype=torch.float32)
+    assert relative_error(y, int8_conv2d_ref(**arguments, stride=stride, out_dtype=torch.float32)) <= 1e-6
 
 
 @pytest.mark.parametrize("stride", [1, 2])

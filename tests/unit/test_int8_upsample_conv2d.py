@@ -73,8 +73,13 @@ def test_int8_upsample_conv2d_matches_float64(shape, asymmetric, generator, trit
 
 
 @pytest.mark.parametrize(
-    "design", [Design(64, 32, 32, 4, 2, tma=True), Design(64, 32, 32, 4, 2, split_k=2), Design(64, 32, 32, 4, 2, persistent=True)], ids=str
-)
+    "design",
+    [
+        Design(64, 32, 32, 4, 2, tma=True), Design(64, 32, 32, 4, 2, split_k=2), Design(64, 32, 32, 4, 2, persistent=True),
+        Design(64, 16, 32, 4, 2, tma=True, rest_n=16),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_int8_upsample_conv2d_is_the_reference_for_every_design(design, generator, triton_device):
     a, weight = image((1, 8, 8, 32, 40), generator), phase_weight(torch.randn(40, 3, 3, 32, generator=generator))
     addend = torch.randn(1, 40, 16, 16, generator=generator).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,1 @@
+"""Gluon kernels of Hopper GPUs, for what Triton's compiler leaves lying there: see ring.py. Formulas and checks: ../*.py."""
