@@ -1,11 +1,12 @@
 """Times the candidate designs of every SDXL product on this GPU and writes its kernel table. Products only, no whole UNet.
 
-    python benchmarks/tune.py [--budget 420] [--dtype int8,fp8] [--out table.json] [--record results.jsonl]
+    python benchmarks/tune.py [--budget 420] [--dtype int8,fp8] [--match EXPRESSION] [--out table.json] [--record results.jsonl]
 
 1. All candidates are compiled by several processes into Triton's disk cache. 2. Each one is checked against the reference
 and timed: a CUDA graph of calls whose operands rotate through more memory than the L2 holds, so with the gaps between
 launches but without Python. 3. Of all designs at most 12 kernels are kept, those that cost the least time a step. What a
 candidate cannot do (compile, fit, be right) is reported and skipped. Table and record are rewritten after every product.
+With --match only products whose line matches are timed ("conv3x3|upsample2x"); the GPU's table keeps its other rows.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,10 @@ from product_calls import call_arguments, launcher, only_int8, reference
 from tune_candidates import candidates
 from tune_choice import Timing, by_shape, choose, step_ms
 
-from stepquant.kernels.design import Design
+from stepquant.kernels.activation import QuantizedActivation
+from stepquant.kernels.design import GLUON, TRITON, Design
 from stepquant.kernels.sdxl_products import PRODUCTS, SdxlProduct
-from stepquant.kernels.tables import FOLDER, FORMAT, forced_design
+from stepquant.kernels.tables import FOLDER, FORMAT, Product, forced_design, load_table
 
 # Relative norm to the reference. Hopper sums fp8 products with fewer bits than fp32, hence its larger share.
 TOLERANCE = {"int8": 5e-4, "fp8": 5e-3}
@@ -66,8 +69,8 @@ class Job:
         return f"{self.dtype} {p.role} {p.op} {p.M}x{p.N}x{'+'.join(map(str, p.K))}" + (f" {p.addend}" if p.addend else "")
 
 
-def jobs(dtypes: list[str], sm: int) -> list[Job]:
-    """Every candidate of every product, costly products first."""
+def jobs(dtypes: list[str], sm: int, match: str) -> list[Job]:
+    """Every candidate of every product whose label matches, costly products first."""
     ordered = sorted(PRODUCTS, key=lambda p: -p.operations * p.count)
     found = [
         (product, dtype, design)
@@ -76,23 +79,32 @@ def jobs(dtypes: list[str], sm: int) -> list[Job]:
         if not (dtype == "fp8" and (sm < 89 or only_int8(product)))
         for design in candidates(product, dtype, sm)
     ]
-    return [Job(index, *parts) for index, parts in enumerate(found)]
+    return [job for index, parts in enumerate(found) if re.search(match, (job := Job(index, *parts)).label)]
 
 
-def compile_shard(dtypes: list[str], sm: int, shard: int, shards: int) -> None:
+def compile_shard(todo: list[Job], sm: int, shard: int, shards: int) -> None:
     """Compile every shards-th distinct kernel into the disk cache; prints a line per job."""
-    from stepquant.kernels.triton_ops import conv_kernel, fp8_conv2d, fp8_gemm, gemm_kernel, int8_conv2d, int8_geglu_gemm, int8_gemm
+    from stepquant.kernels.triton_ops import conv_kernel, fp8_geglu_gemm, fp8_gemm, gemm_kernel, int8_conv2d, int8_geglu_gemm, int8_gemm
 
-    for module in (int8_gemm, int8_geglu_gemm, int8_conv2d, fp8_gemm, fp8_conv2d):
+    for module in (int8_gemm, int8_geglu_gemm, int8_conv2d, fp8_gemm, fp8_geglu_gemm):
         mock.patch.object(module, "compute_capability", lambda device: sm).start()
     mock.patch.object(int8_gemm, "_gemm_kernel", _Warmup(gemm_kernel._gemm_kernel)).start()
     mock.patch.object(int8_geglu_gemm, "_geglu_gemm_kernel", _Warmup(int8_geglu_gemm._geglu_gemm_kernel)).start()
     mock.patch.object(int8_conv2d, "_conv2d_kernel", _Warmup(conv_kernel._conv2d_kernel)).start()
+    mock.patch.object(fp8_geglu_gemm, "quantize_token", lambda *_: None).start()
+    if any(job.design.backend == GLUON for job in todo):
+        from stepquant.kernels.gluon_ops import conv_launch
+        from stepquant.kernels.gluon_ops import launch as gluon
+
+        mock.patch.object(gluon, "compute_capability", lambda device: sm).start()
+        mock.patch.object(gluon, "_gluon_gemm_kernel", _Warmup(gluon._gluon_gemm_kernel)).start()
+        mock.patch.object(gluon, "_gluon_geglu_kernel", _Warmup(gluon._gluon_geglu_kernel)).start()
+        mock.patch.object(conv_launch, "_gluon_conv_kernel", _Warmup(conv_launch._gluon_conv_kernel)).start()
     # Jobs of one design follow each other, so that a shard finds what differs in shape only compiled already.
-    ordered = sorted(jobs(dtypes, sm), key=lambda job: (job.dtype, job.product.op, len(job.product.K), job.design.label))
+    ordered = sorted(todo, key=lambda job: (job.dtype, job.product.op, len(job.product.K), job.design.label))
     for job in ordered[shard * len(ordered) // shards : (shard + 1) * len(ordered) // shards]:
         problem = ""
-        if job.design.backend == "triton":
+        if job.design.backend in (TRITON, GLUON):
             problem = failure(lambda job=job: run(job, call_arguments(job.product, job.dtype, "meta")))
         say(json.dumps({"job": job.index, "problem": problem}))
 
@@ -107,10 +119,10 @@ class _Warmup:
         return lambda *arguments, **constants: self.kernel.warmup(*arguments, grid=grid, **constants)
 
 
-def compile_all(dtypes: list[str], sm: int, deadline: float) -> dict[int, str]:
+def compile_all(options: list[str], sm: int, deadline: float) -> dict[int, str]:
     """Job index -> '' or what went wrong, of all jobs that were compiled in time. A crash takes one shard's rest along."""
     shards = max(1, (os.cpu_count() or 2) - 2)
-    command = [sys.executable, __file__, "--dtype", ",".join(dtypes), "--sm", str(sm)]
+    command = [sys.executable, __file__, *options, "--sm", str(sm)]
     logs = [Path(tempfile.gettempdir()) / f"stepquant_tune_{os.getpid()}_{shard}.log" for shard in range(shards)]
     workers = []
     for shard, log in enumerate(logs):
@@ -146,6 +158,11 @@ def failure(attempt: Callable[[], Any]) -> str:
 def run(job: Job, arguments: dict[str, Any]) -> Any:
     with forced_design(job.design):
         return launcher(job.product, job.dtype)(**arguments)
+
+
+def floats(result: torch.Tensor | QuantizedActivation) -> torch.Tensor:
+    """What the result stands for."""
+    return result if isinstance(result, torch.Tensor) else result.codes.float() * result.per_row(result.scale).view(-1, 1)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -189,7 +206,7 @@ def time_product(group: list[Job], problems: dict[int, str], deadline: float) ->
     """(timing, error) of all designs of one product that work."""
     product, dtype = group[0].product, group[0].dtype
     operands = operand_sets(product, dtype)
-    expected = reference(product, dtype)(**operands[0])
+    expected = floats(reference(product, dtype)(**operands[0]))
     say(f"{group[0].label}, {product.count} a step")
     found = []
     for job in group:
@@ -200,9 +217,9 @@ def time_product(group: list[Job], problems: dict[int, str], deadline: float) ->
         error = us = 0.0
         if not problem:
             try:
-                y = run(job, operands[0])
+                y = floats(run(job, operands[0]))
                 error = relative_error(y, expected)
-                same = torch.equal(y, run(job, operands[0]))
+                same = torch.equal(y, floats(run(job, operands[0])))
                 if not (error <= TOLERANCE[dtype] and same):
                     problem = f"wrong: error {error:.1e}, {'the same' if same else 'another result'} when repeated"
                 else:
@@ -217,14 +234,22 @@ def time_product(group: list[Job], problems: dict[int, str], deadline: float) ->
     return found
 
 
-def write_table(path: Path, timings: list[Timing], sm: int, gpu: str) -> None:
-    """The table of the best designs so far, in the format of kernels/tables.py."""
-    chosen = choose(timings)
+def kept_rows(timings: list[Timing], sm: int) -> list[Timing]:
+    """What this GPU's table says about shapes that have not been timed: their only design, at no time."""
+    timed, table = {timing.shape for timing in timings}, load_table(sm)
+    rows = [Timing(product, dtype, Design(1, 1, 1, 1, 1), 0.0) for product in PRODUCTS for dtype in TOLERANCE]
+    found = [(row, table.find(Product(*row.shape))) for row in rows if row.shape not in timed]
+    return [replace(row, design=design) for row, design in found if design is not None]
+
+
+def write_table(path: Path, timings: list[Timing], sm: int, gpu: str, kept: Sequence[Timing] = ()) -> None:
+    """The table of the best designs so far, in the format of kernels/tables.py; `kept` rows of the one before stay."""
+    chosen = choose([*timings, *kept])
     totals = {dtype: step_ms(chosen, dtype) for dtype in ("int8", "fp8")}
     complete = {dtype: {t.shape[:1] + t.shape[2:] for t in chosen if t.dtype == dtype and not only_int8(t.product)} for dtype in totals}
     comparable = complete["int8"] and complete["int8"] == complete["fp8"]
-    compute = "fp8" if comparable and totals["fp8"] <= LARGEST_GAIN_OF_FP8 * totals["int8"] else "int8"
-    head = {"format": FORMAT, "sm": sm, "measured": True, "gpu": gpu, "compute": compute}
+    faster = "fp8" if comparable and totals["fp8"] <= LARGEST_GAIN_OF_FP8 * totals["int8"] else "int8"
+    head = {"format": FORMAT, "sm": sm, "measured": True, "gpu": gpu, "compute": load_table(sm).compute if kept else faster}
     designs = {timing.design.label: timing.design for timing in chosen}
     rows = {timing.shape: timing for timing in chosen}
     lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
@@ -255,10 +280,10 @@ def tune(options: argparse.Namespace, dtypes: list[str], sm: int) -> int:
     start = time.monotonic()
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    todo = jobs(dtypes, sm)
+    todo = jobs(dtypes, sm, options.match)
     out = options.out or FOLDER / f"sm_{sm}.json"
     say(f"{torch.cuda.get_device_name(0)} sm_{sm}: {len(todo)} candidates, {options.budget} s, table {out}")
-    problems = compile_all(dtypes, sm, start + COMPILE_SHARE * options.budget)
+    problems = compile_all(["--dtype", options.dtype, "--match", options.match], sm, start + COMPILE_SHARE * options.budget)
     failed = sum(1 for problem in problems.values() if problem)
     say(f"{time.monotonic() - start:.0f} s: {len(problems)} of {len(todo)} compiled, {failed} failed")
     groups: dict[tuple[SdxlProduct, str], list[Job]] = {}
@@ -279,7 +304,7 @@ def tune(options: argparse.Namespace, dtypes: list[str], sm: int) -> int:
             with options.record.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(context(sm) | timing.record() | {"error": error}) + "\n" for timing, error in found)
         if timings:
-            write_table(out, timings, sm, torch.cuda.get_device_name(0))
+            write_table(out, timings, sm, torch.cuda.get_device_name(0), kept_rows(timings, sm) if options.match else ())
         torch.cuda.empty_cache()
     report(timings, dtypes)
     say(f"{time.monotonic() - start:.0f} s")
@@ -297,6 +322,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=int, default=420, help="seconds, compiling included")
     parser.add_argument("--dtype", default="int8,fp8", help="int8, fp8 or both")
+    parser.add_argument("--match", default="", help="time only products whose line matches this expression: dtype, role, op and shape")
     parser.add_argument("--out", type=Path, help="the table; by default the package's own for this GPU")
     parser.add_argument("--record", type=Path, help="append every timing to this JSON-lines file")
     parser.add_argument("--shard", help=argparse.SUPPRESS)
@@ -305,7 +331,7 @@ def main() -> int:
     dtypes = options.dtype.split(",")
     if options.shard:
         shard, shards = (int(part) for part in options.shard.split("/"))
-        compile_shard(dtypes, options.sm, shard, shards)
+        compile_shard(jobs(dtypes, options.sm, options.match), options.sm, shard, shards)
         return 0
     if not torch.cuda.is_available():
         say("No CUDA GPU here; this script times kernels on one. The tables in kernels/tables serve without it.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stepquant.kernels.design import BOXES, SCALED_MM, Design
+from stepquant.kernels.design import BOXES, GLUON, SCALED_MM, Design
 from stepquant.kernels.sdxl_products import SdxlProduct
 
 # Sums of two segments, or of one and its epilogue's operands, that a thread can hold.
@@ -68,6 +68,31 @@ _SMALL = (
     Design(64, 128, 128, 4, 4),
     Design(64, 64, 128, 4, 4, split_k=2),
 )
+# Two programs on a multiprocessor, or one whose 128 + 32 columns leave few multiprocessors idle.
+_HOPPER_GLUON = (
+    Design(128, 128, 128, 8, 3, backend=GLUON),
+    Design(128, 128, 128, 8, 3, backend=GLUON, rest_n=32),
+    Design(128, 128, 128, 4, 4, backend=GLUON, rest_n=32),
+    Design(64, 128, 128, 4, 3, backend=GLUON, rest_n=32),
+)
+# GEGLU's two groups of warps share a multiprocessor, num_warps each.
+_HOPPER_GLUON_GATED = (
+    Design(128, 128, 128, 8, 5, backend=GLUON),
+    Design(128, 128, 128, 8, 6, backend=GLUON),
+    Design(128, 128, 128, 4, 6, backend=GLUON),
+)
+# A convolution's sums are long: deep stages pay where there is a program for each multiprocessor.
+_HOPPER_CONV = (
+    *_HOPPER_GLUON,
+    Design(128, 128, 128, 8, 3, group_m=4, backend=GLUON, rest_n=32),
+    Design(128, 128, 128, 8, 3, group_m=4, backend=GLUON),
+    Design(128, 128, 128, 8, 6, backend=GLUON, rest_n=32),
+    Design(64, 128, 128, 4, 5, backend=GLUON, rest_n=32),
+    Design(64, 128, 128, 4, 4, backend=GLUON),
+    Design(128, 128, 128, 8, 3, tma=True, rest_n=32),
+    Design(128, 128, 64, 8, 4, tma=True, rest_n=32),
+    Design(64, 128, 128, 4, 3, tma=True, rest_n=32),
+)
 _LIBRARY = Design(128, 128, 128, 8, 3, backend=SCALED_MM)
 
 
@@ -90,6 +115,8 @@ def candidates(product: SdxlProduct, dtype: str, sm: int) -> list[Design]:
         found = [design for design in found if not design.persistent and design.split_k == 1]
     elif product.op != "gemm":
         found = [design for design in found if not design.tma or design.BLOCK_M in BOXES]
+    if sm // 10 == 9 and not is_concat:
+        found = [*{"gemm": _HOPPER_GLUON, "geglu": _HOPPER_GLUON_GATED, "conv3x3": _HOPPER_CONV}.get(product.op, ()), *found]
     if product.N % 256:
         found = [design for design in found if design.BLOCK_N < 256 or product.N > 512]
     if dtype == "fp8" and product.op == "gemm" and not is_concat:

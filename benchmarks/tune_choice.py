@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from stepquant.kernels.design import Design
+from stepquant.kernels.design import GLUON, TRITON, Design
 from stepquant.kernels.sdxl_products import SdxlProduct
 
 MAX_VARIANTS = 4  # GEGLU, and products of two segments
@@ -34,7 +34,7 @@ class Timing:
     def kernels(self, roles: dict[tuple, set[tuple]]) -> set[tuple]:
         """The compiled kernels that this design of this shape needs: one for each epilogue of its roles."""
         label = self.design.label
-        return {(*self.shape[:3], label, *epilogue) for epilogue in roles[self.shape]} if self.design.backend == "triton" else set()
+        return {(*self.shape[:3], label, *epilogue) for epilogue in roles[self.shape]} if self.design.backend in (TRITON, GLUON) else set()
 
     def row(self) -> dict[str, Any]:
         op, dtype, segments, M, N, K = self.shape

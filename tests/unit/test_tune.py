@@ -6,11 +6,12 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from stepquant.kernels.sdxl_products import PRODUCTS
-from stepquant.kernels.tables import Product, read_table
+from stepquant.kernels.tables import Product, load_table, read_table
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -67,6 +68,48 @@ def test_tune_gives_up_the_design_that_costs_the_least():
         choice.Timing(other, "int8", fast, 15.0), choice.Timing(other, "int8", slow, 10.0),  # 10 calls a step: 50 us to lose
     ]  # fmt: skip
     assert {timing.design for timing in choice.choose(timings, limit=1)} == {fast}
+
+
+@pytest.fixture
+def tune():
+    """tune.py itself, which needs Triton."""
+    pytest.importorskip("triton", reason="Triton is not installed: tune.py is not used")
+    yield load("tune")
+    mock.patch.stopall()  # a process that compiles patches the launchers for its whole life
+
+
+def test_tune_hands_a_kernel_to_the_compiler_for_every_job_that_matches(tune, monkeypatch, capsys):
+    compiled = []
+
+    class Compiler:
+        def __init__(self, kernel) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: compiled.append(self.kernel)
+
+    monkeypatch.setattr(tune, "_Warmup", Compiler)
+    jobs = tune.jobs(["int8", "fp8"], 90, r"2048x1280x1280 residual|int8.*2048x10240|upsample2x")
+    assert {job.product.op for job in jobs} == {"gemm", "geglu", "conv3x3", "upsample2x"} and {job.dtype for job in jobs} == {"int8", "fp8"}
+    tune.compile_shard(jobs, 90, 0, 1)
+    reports = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {report["job"] for report in reports} == {job.index for job in jobs}
+    assert {report["problem"] for report in reports} == {""}
+    assert len(compiled) == sum(job.design.backend in ("triton", "gluon") for job in jobs)
+
+
+def test_tune_of_some_products_keeps_the_tables_other_rows(tune, timings, tmp_path):
+    path, before = tmp_path / "sm_90.json", load_table(90)
+    timed = [timing for timing in timings if timing.product.op.startswith("conv3x3") and timing.dtype == "int8"]
+    tune.write_table(path, timed, 90, "GPU under test", tune.kept_rows(timed, 90))
+    after = read_table(path)
+    shapes = {Product(*timing.shape) for timing in timed}
+    assert {product: design for product, design in after.rows.items() if product not in shapes} == {
+        product: design for product, design in before.rows.items() if product not in shapes
+    }
+    assert after.compute == before.compute
+    best = {Product(*t.shape): t.design for t in load("tune_choice").choose([*timed, *tune.kept_rows(timed, 90)])}
+    assert all(after.rows[shape] == best[shape] for shape in shapes)
 
 
 def test_tune_writes_a_table_that_is_read_back(timings, tmp_path):
