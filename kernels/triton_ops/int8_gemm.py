@@ -136,7 +136,9 @@ def serves_gluon(
 def fitting(design: Design, operands: tuple[Tensor | None, ...], sm: int) -> Design:
     """The design without what these operands cannot take: descriptors of unaligned ones, split-K of two segments. Never Gluon's."""
     if design.backend == GLUON:
-        design = replace(design, backend=TRITON, rest_n=0, tma=True)
+        # Triton's loop waits for its products in every step: two programs on a multiprocessor hide that, by these stages and warps.
+        warps = max(design.num_warps, design.BLOCK_M * design.BLOCK_N // (32 * MAX_SUMS_PER_THREAD))
+        design = replace(design, backend=TRITON, rest_n=0, tma=True, num_warps=warps, num_stages=min(design.num_stages, 3))
     if design.tma and not all(operand is None or can_describe(operand, sm) for operand in operands):
         design = replace(design, tma=False)
     if design.split_k > 1 and operands[1] is not None:

@@ -51,6 +51,16 @@ def test_gluon_design_is_carried_out_by_triton_where_there_is_no_hopper():
 
 
 @pytest.mark.parametrize(
+    "design", [design for design in set(load_table(90).rows.values()) if design.backend == GLUON], ids=lambda d: d.label
+)
+def test_triton_in_the_place_of_gluon_runs_two_programs_on_a_multiprocessor(design):
+    operand = torch.empty(64, 64, dtype=torch.int8)
+    fitted = int8_gemm.fitting(design, (operand, None, operand), 90)
+    assert fitted.backend == "triton" and fitted.tma and not fitted.rest_n
+    assert fitted.sums_per_thread <= 64 and 2 * gluon_launch._ring_bytes(fitted) <= MULTIPROCESSOR
+
+
+@pytest.mark.parametrize(
     ("results", "row_bytes", "start", "served"),
     [
         ((torch.float16, None), 192, 0, True),
