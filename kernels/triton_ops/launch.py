@@ -15,6 +15,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 REGRESSED_SINCE = (3, 8)
+# Gluon is experimental: 3.5 lacks names, 3.9 renamed some. Compiled with these and those between them, and run with the first.
+TRIED_GLUON = (3, 6), (3, 9)
 # Tensor descriptors need it of addresses and of all strides but the last, in bytes.
 DESCRIPTOR_ALIGNMENT = 16
 DESCRIPTOR_MIN_SM = 90
@@ -42,20 +44,26 @@ def unroll_factor(sm: int, version: str = triton.__version__) -> int:
     There, the loop of an int8 dot shuffles bytes (348 instructions instead of 86, spills at 128x256) unless it is
     unrolled by two; Triton 3.6 and 3.7, and other GPUs, compile well without.
     """
-    major, minor = (int(part) for part in re.findall(r"\d+", version)[:2])
-    return 2 if sm // 10 == 8 and (major, minor) >= REGRESSED_SINCE else 1
+    return 2 if sm // 10 == 8 and version_of(version) >= REGRESSED_SINCE else 1
 
 
 @functools.cache
 def gluon(launcher: str = "launch") -> ModuleType | None:
-    """A module of gluon_ops; None, and a line in the log, with a Triton whose Gluon is another."""
+    """A module of gluon_ops; None, and a line in the log, with a Triton whose Gluon is another or was not tried."""
     try:
+        if not TRIED_GLUON[0] <= version_of(triton.__version__) <= TRIED_GLUON[1]:
+            raise ImportError("not one that it was compiled with")
         return importlib.import_module(f"..gluon_ops.{launcher}", __package__)
     except (ImportError, AttributeError) as error:
         logging.getLogger(__name__).warning(
-            "Triton %s: its Gluon is another (%s); Triton's own kernels are used.", triton.__version__, error
+            "Triton %s: its Gluon is another (%s); Triton's own kernels are used, which are slower on this GPU.", triton.__version__, error
         )
         return None
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """ "3.9.0+git" -> (3, 9)."""
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
 def cdiv(a: int, b: int) -> int:

@@ -78,17 +78,32 @@ def test_gluon_serves_16_bit_results_of_aligned_codes(on_hopper, results, row_by
     assert int8_gemm.serves_gluon(WIDE, activation, [qweight[:, :64].contiguous()], results, row_bytes, 90) is served
 
 
-def test_gluon_is_left_out_when_triton_brings_another(monkeypatch, caplog, on_hopper):
+@pytest.fixture
+def asked_anew():
+    """What launch.gluon() found is forgotten before and after."""
+    launch.gluon.cache_clear()
+    yield
+    launch.gluon.cache_clear()
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "3.10.0", "4.0.0+git"])
+def test_gluon_is_left_out_with_a_triton_that_was_not_tried(monkeypatch, caplog, on_hopper, asked_anew, version):
+    monkeypatch.setattr(launch.triton, "__version__", version)
+    activation, qweight, _ = operands(64, 96, 64)
+    with caplog.at_level(logging.WARNING):
+        assert not int8_gemm.serves_gluon(WIDE, activation, [qweight], (torch.float16,), 192, 90)
+    assert version in caplog.text and "Triton's own kernels are used" in caplog.text
+
+
+def test_gluon_is_left_out_when_it_cannot_be_imported(monkeypatch, caplog, on_hopper, asked_anew):
     def missing(name: str, package: str) -> None:
         raise ImportError("no module named triton.experimental.gluon")
 
-    launch.gluon.cache_clear()
     monkeypatch.setattr(launch.importlib, "import_module", missing)
     activation, qweight, _ = operands(64, 96, 64)
     with caplog.at_level(logging.WARNING):
         assert not int8_gemm.serves_gluon(WIDE, activation, [qweight], (torch.float16,), 192, 90)
-    launch.gluon.cache_clear()
-    assert "Gluon" in caplog.text and "Triton's own kernels are used" in caplog.text
+    assert "no module named" in caplog.text and "Triton's own kernels are used" in caplog.text
 
 
 @pytest.mark.parametrize(
