@@ -34,7 +34,8 @@ def column_vectors(
 
 
 @gluon.jit
-def _of_columns(vector, first: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
+def of_columns(vector, first: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
+    """(1, COLUMNS): a vector's values from `first` on, where each thread needs them."""
     return gl.expand_dims(vector.slice(first, COLUMNS).load(gl.SliceLayout(0, layout)), 0)
 
 
@@ -58,9 +59,9 @@ def scaled(acc, of_rows, vectors, HAS_ZERO_POINT: gl.constexpr, first: gl.conste
     scales, sums, biases = vectors
     scale, zero_point = of_rows
     if HAS_ZERO_POINT:
-        acc -= zero_point * _of_columns(sums, first, COLUMNS, layout)
+        acc -= zero_point * of_columns(sums, first, COLUMNS, layout)
     y = acc.to(gl.float32) * scale
-    return y * _of_columns(scales, first, COLUMNS, layout) + _of_columns(biases, first, COLUMNS, layout).to(gl.float32)
+    return y * of_columns(scales, first, COLUMNS, layout) + of_columns(biases, first, COLUMNS, layout).to(gl.float32)
 
 
 @gluon.jit

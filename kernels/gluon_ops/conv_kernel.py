@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from .columns import column_vector, halves
+from .columns import column_vector, halves, of_columns
 from .copies import copy_in, copy_out, wait_for_copies_out
 from .ring import tile_position
 
@@ -104,11 +104,6 @@ def _column_vectors(weight_scale_ptr, bias_ptr, has_bias, addend_ptr, has_addend
 
 
 @gluon.jit
-def _of_columns(vector, first: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
-    return gl.expand_dims(vector.slice(first, COLUMNS).load(gl.SliceLayout(0, layout)), 0)
-
-
-@gluon.jit
 def _zero_sums(
     zero_point, sums_ptr, first, N, box, H, W, ACC: gl.constexpr, KERNEL: gl.constexpr, BOX_W: gl.constexpr, BLOCK_M: gl.constexpr,
     COLUMNS: gl.constexpr, layout: gl.constexpr,
@@ -147,7 +142,7 @@ def _finish(
     """Scale and store COLUMNS columns, which begin at `first` in the vectors and at n in y. staged holds the residual, if there is one."""
     scales, offsets = vectors
     image, h, w = place
-    result = acc.to(gl.float32) * (scale * _of_columns(scales, first, COLUMNS, layout)) + _of_columns(offsets, first, COLUMNS, layout)
+    result = acc.to(gl.float32) * (scale * of_columns(scales, first, COLUMNS, layout)) + of_columns(offsets, first, COLUMNS, layout)
     pixels = staged.reshape([BLOCK_M, COLUMNS])
     if has_residual:
         mbarrier.wait(arrived, 0)
