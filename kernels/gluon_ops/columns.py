@@ -9,27 +9,25 @@ from .copies import copy_out
 
 
 @gluon.jit
-def column_vector(pointer, first, end, gap, COLUMNS: gl.constexpr, HALF: gl.constexpr):
-    """COLUMNS values in shared memory: HALF from `first` on, and if more as many from first + gap on; 0 from `end` on.
+def column_vector(pointer, first, end, COLUMNS: gl.constexpr):
+    """COLUMNS values in shared memory, from `first` on; 0 from `end` on.
 
     Read while the first products run: from the L2, tile by tile in the epilogue, each would be a miss (64 -> 54 us of a GEGLU).
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     local = gl.arange(0, COLUMNS, layout=layout)
-    values = gl.load(pointer + first + local % HALF + local // HALF * gap, mask=local % HALF < end - first, other=0)
+    values = gl.load(pointer + first + local, mask=local < end - first, other=0)
     return gl.allocate_shared_memory(values.dtype, [COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [0]), values)
 
 
 @gluon.jit
-def column_vectors(
-    scale_ptr, sum_ptr, bias_ptr, has_bias, first, end, gap, HAS_ZERO_POINT: gl.constexpr, COLUMNS: gl.constexpr, HALF: gl.constexpr
-):
+def column_vectors(scale_ptr, sum_ptr, bias_ptr, has_bias, first, end, HAS_ZERO_POINT: gl.constexpr, COLUMNS: gl.constexpr):
     """Weight scales, weight sums (scales again without a zero point) and biases."""
-    scales = column_vector(scale_ptr, first, end, gap, COLUMNS, HALF)
-    biases = column_vector(bias_ptr, first, has_bias * end, gap, COLUMNS, HALF)
+    scales = column_vector(scale_ptr, first, end, COLUMNS)
+    biases = column_vector(bias_ptr, first, has_bias * end, COLUMNS)
     sums = scales
     if HAS_ZERO_POINT:
-        sums = column_vector(sum_ptr, first, end, gap, COLUMNS, HALF)
+        sums = column_vector(sum_ptr, first, end, COLUMNS)
     return scales, sums, biases
 
 

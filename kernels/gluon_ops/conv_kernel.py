@@ -7,9 +7,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from ..triton_ops.accumulate import tile_position
 from .columns import column_vector, halves, of_columns
 from .copies import copy_in, copy_out, wait_for_copies_out
-from .ring import tile_position
+from .ring import finished
 
 # Sizes whose value or divisibility must not make another compiled kernel: none of them is a stride.
 RUNTIME_ONLY = ["N", "C", "H", "W", "boxes_h", "boxes_w", "tiles_m", "has_bias", "has_addend", "has_residual", "images_per_scale"]
@@ -78,13 +79,7 @@ def _sums(
         _copy_step(
             step + STAGES - 1, steps, ring, codes, qweight, rest_weight, box, n, C, KERNEL, STAGES, BLOCK_N, REST_N, BLOCK_K
         )  # fmt: skip
-    if REST_N:
-        acc, rest = warpgroup_mma_wait(0, deps=(acc, rest))
-    else:
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-    for stage in gl.static_range(STAGES):
-        mbarrier.invalidate(ready.index(stage))
-    return acc, rest
+    return finished(acc, rest, ready, REST_N, STAGES)
 
 
 @gluon.jit
@@ -99,7 +94,7 @@ def _column_offsets(bias_ptr, has_bias, addend_ptr, has_addend, first, N, COLUMN
 @gluon.jit
 def _column_vectors(weight_scale_ptr, bias_ptr, has_bias, addend_ptr, has_addend, first, N, COLUMNS: gl.constexpr):
     """Weight scales and offsets."""
-    scales = column_vector(weight_scale_ptr, first, N, 0, COLUMNS, COLUMNS)
+    scales = column_vector(weight_scale_ptr, first, N, COLUMNS)
     return scales, _column_offsets(bias_ptr, has_bias, addend_ptr, has_addend, first, N, COLUMNS)
 
 

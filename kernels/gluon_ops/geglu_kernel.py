@@ -9,13 +9,13 @@ H100, 2048x10240x1280): all their warps met at a barrier around each copy.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from ..triton_ops.accumulate import tile_position
 from ..triton_ops.activations import gelu_erf
 from ..triton_ops.clipping import add_clipped
 from ..triton_ops.encoding import reciprocal, static_entry
 from ..triton_ops.gated_epilogue import gated_codes
 from .columns import halves, row_vectors, scaled, store_part
 from .copies import wait_for_copies_out
-from .ring import tile_position
 from .turns import copy_tiles, finish_products, new_ring, start_products
 
 # Sizes whose value or divisibility must not make another compiled kernel: none of them is a stride.

@@ -4,10 +4,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from ..triton_ops.accumulate import chosen
+from ..triton_ops.accumulate import chosen, tile_position
 from .columns import column_vectors, halves, row_vectors, scaled, store_part
 from .copies import copy_in, wait_for_copies_out
-from .ring import start, sums, tile_position
+from .ring import start, sums
 
 # Sizes whose value or divisibility must not make another compiled kernel: none of them is a stride.
 RUNTIME_ONLY = ["M", "has_bias", "rows_per_scale"]
@@ -76,7 +76,7 @@ def _gluon_gemm_kernel(
     y_n = which * N + n
     weights = (qweight_1,) if WEIGHTS == 1 else (qweight_1, qweight_2) if WEIGHTS == 2 else (qweight_1, qweight_2, qweight_3)
     rests = (rest_1,) if WEIGHTS == 1 else (rest_1, rest_2) if WEIGHTS == 2 else (rest_1, rest_2, rest_3)
-    ring = start(K, codes, weights, rests, which, m, n, N, False, STAGES, BLOCK_M, BLOCK_N, REST_N, BLOCK_K)
+    ring = start(K, codes, weights, rests, which, m, n, STAGES, BLOCK_M, BLOCK_N, REST_N, BLOCK_K)
     if EARLY:
         staged, staged_rest, arrived = _staging(y, y_rest, BLOCK_M, PART_N, PARTS, REST_N)
         _copy_addend(addend, addend_rest, m, y_n, staged, staged_rest, arrived, PART_N, PARTS, REST_N)
@@ -86,10 +86,10 @@ def _gluon_gemm_kernel(
     sum_of = scale_of
     if HAS_ZERO_POINT:
         sum_of = chosen(which, weight_sum_1_ptr, weight_sum_2_ptr, weight_sum_3_ptr)
-    vectors = column_vectors(scale_of, sum_of, bias_of, has_bias, n, N, 0, HAS_ZERO_POINT, BLOCK_N, BLOCK_N)
+    vectors = column_vectors(scale_of, sum_of, bias_of, has_bias, n, N, HAS_ZERO_POINT, BLOCK_N)
     rest_vectors = vectors
     if REST_N:
-        rest_vectors = column_vectors(scale_of, sum_of, bias_of, has_bias, n + BLOCK_N, N, 0, HAS_ZERO_POINT, REST_N, REST_N)
+        rest_vectors = column_vectors(scale_of, sum_of, bias_of, has_bias, n + BLOCK_N, N, HAS_ZERO_POINT, REST_N)
     rows = m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, part_layout))
     of_rows = row_vectors(scale_ptr, zero_point_ptr, rows, rows_per_scale, rows < M)
     rest_rows = of_rows
@@ -97,7 +97,7 @@ def _gluon_gemm_kernel(
         rows = m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, rest_layout))
         rest_rows = row_vectors(scale_ptr, zero_point_ptr, rows, rows_per_scale, rows < M)
     acc, rest = sums(
-        ring, K, codes, weights, rests, which, m, n, N, layout, rest_layout, ACC, False, STAGES, BLOCK_M, BLOCK_N, REST_N, BLOCK_K
+        ring, K, codes, weights, rests, which, m, n, layout, rest_layout, ACC, STAGES, BLOCK_M, BLOCK_N, REST_N, BLOCK_K
     )  # fmt: skip
     if not EARLY:
         staged, staged_rest, arrived = _staging(y, y_rest, BLOCK_M, PART_N, PARTS, REST_N)

@@ -4,8 +4,7 @@ Triton's own loop waits for int32 sums in every step (WGMMAPipeline.cpp, rule 2.
 flight), and Triton decides where an epilogue's operands and results lie; here both are said.
 
 A tile's columns are BLOCK_N and, beyond them, REST_N (0: none), each with sums of its own. weights, rests: tensor descriptors,
-one or three, of which `which` chooses. GATED: the first half of either columns are values, and the second half their gates,
-N rows of the weight later.
+one to three, of which `which` chooses.
 """
 
 from triton.experimental import gluon
@@ -16,27 +15,9 @@ from .copies import copy_in
 
 
 @gluon.jit
-def tile_position(tile, tiles_m, tiles_n, GROUP_M: gl.constexpr):
-    """As of triton_ops/accumulate.py."""
-    first_m = tile // (GROUP_M * tiles_n) * GROUP_M
-    group_m = gl.minimum(tiles_m - first_m, GROUP_M)
-    within = tile % (GROUP_M * tiles_n)
-    return first_m + within % group_m, within // group_m
-
-
-@gluon.jit
-def _copy_columns(weight, into, n, N, k, ready, wanted, COLUMNS: gl.constexpr, GATED: gl.constexpr):
-    if GATED:
-        copy_in(weight, [n, k], ready, into.slice(0, COLUMNS // 2), wanted)
-        copy_in(weight, [N + n, k], ready, into.slice(COLUMNS // 2, COLUMNS // 2), wanted)
-    else:
-        copy_in(weight, [n, k], ready, into, wanted)
-
-
-@gluon.jit
 def _copy_step(
-    step, steps, ring, codes, weights, rests, which, m, n, N,
-    GATED: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, REST_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    step, steps, ring, codes, weights, rests, which, m, n,
+    STAGES: gl.constexpr, BLOCK_N: gl.constexpr, REST_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """Start the copies of a step, if it is one."""
     codes_s, weight_s, rest_s, ready = ring
@@ -46,18 +27,17 @@ def _copy_step(
     barrier = ready.index(slot)
     mbarrier.expect(barrier, codes.block_type.nbytes + (BLOCK_N + REST_N) * BLOCK_K, wanted)
     copy_in(codes, [m, k], barrier, codes_s.index(slot), wanted)
-    FIRST_REST: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     for number in gl.static_range(len(weights)):
         its = wanted & (which == number)
-        _copy_columns(weights[number], weight_s.index(slot), n, N, k, barrier, its, BLOCK_N, GATED)
+        copy_in(weights[number], [n, k], barrier, weight_s.index(slot), its)
         if REST_N:
-            _copy_columns(rests[number], rest_s.index(slot), n + FIRST_REST, N, k, barrier, its, REST_N, GATED)
+            copy_in(rests[number], [n + BLOCK_N, k], barrier, rest_s.index(slot), its)
 
 
 @gluon.jit
 def start(
-    K, codes, weights, rests, which, m, n, N,
-    GATED: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, REST_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    K, codes, weights, rests, which, m, n,
+    STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, REST_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """The ring, with copies of all but its last stage under way."""
     dtype: gl.constexpr = codes.dtype
@@ -71,14 +51,26 @@ def start(
         mbarrier.init(ready.index(stage), count=1)
     ring = (codes_s, weight_s, rest_s, ready)
     for step in gl.static_range(STAGES - 1):
-        _copy_step(step, gl.cdiv(K, BLOCK_K), ring, codes, weights, rests, which, m, n, N, GATED, STAGES, BLOCK_N, REST_N, BLOCK_K)
+        _copy_step(step, gl.cdiv(K, BLOCK_K), ring, codes, weights, rests, which, m, n, STAGES, BLOCK_N, REST_N, BLOCK_K)
     return ring
 
 
 @gluon.jit
+def finished(acc, rest, ready, REST_N: gl.constexpr, STAGES: gl.constexpr):
+    """acc and rest once no products are in flight; the ring's barriers are of no use after that."""
+    if REST_N:
+        acc, rest = warpgroup_mma_wait(0, deps=(acc, rest))
+    else:
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+    for stage in gl.static_range(STAGES):
+        mbarrier.invalidate(ready.index(stage))
+    return acc, rest
+
+
+@gluon.jit
 def sums(
-    ring, K, codes, weights, rests, which, m, n, N, layout: gl.constexpr, rest_layout: gl.constexpr, ACC: gl.constexpr,
-    GATED: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, REST_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    ring, K, codes, weights, rests, which, m, n, layout: gl.constexpr, rest_layout: gl.constexpr, ACC: gl.constexpr,
+    STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, REST_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """(BLOCK_M, BLOCK_N) and (BLOCK_M, REST_N) ACC; the second are meaningless without a rest."""
     codes_s, weight_s, rest_s, ready = ring
@@ -96,12 +88,6 @@ def sums(
         else:
             acc = warpgroup_mma_wait(1, deps=(acc,))
         _copy_step(
-            step + STAGES - 1, steps, ring, codes, weights, rests, which, m, n, N, GATED, STAGES, BLOCK_N, REST_N, BLOCK_K
+            step + STAGES - 1, steps, ring, codes, weights, rests, which, m, n, STAGES, BLOCK_N, REST_N, BLOCK_K
         )  # fmt: skip
-    if REST_N:
-        acc, rest = warpgroup_mma_wait(0, deps=(acc, rest))
-    else:
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-    for stage in gl.static_range(STAGES):
-        mbarrier.invalidate(ready.index(stage))
-    return acc, rest
+    return finished(acc, rest, ready, REST_N, STAGES)

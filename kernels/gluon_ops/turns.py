@@ -10,8 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from ..triton_ops.accumulate import tile_position
 from .copies import copy_in
-from .ring import tile_position
 
 
 @gluon.jit
